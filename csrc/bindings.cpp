@@ -1,0 +1,247 @@
+// The Python module pyreg._native: a Layout of tensors, and the sweeps over it.
+//
+// A Layout records what the tensors were (dtype, shape, strides, device) when it was made, never
+// where they were: every call shows the tensors again, every tensor is looked at again, and a
+// pointer is used only in the call that brought it. A tensor that changed raises StaleLayout before
+// anything is written.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "penalties.h"
+#include "sweeps.h"
+#include "tensor_view.h"
+
+namespace py = pybind11;
+
+namespace pyreg {
+namespace {
+
+struct StaleLayout : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// A gradient that cannot belong to its tensor: another shape, dtype or device.
+struct GradientMismatch : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+const std::vector<std::string>& penalty_names() {
+#define PYREG_NAME(P) P::name,
+  static const std::vector<std::string> names = {PYREG_PENALTIES(PYREG_NAME)};
+#undef PYREG_NAME
+  return names;
+}
+
+int penalty_index(const std::string& name) {
+  const auto& names = penalty_names();
+  const auto found = std::find(names.begin(), names.end(), name);
+  if (found == names.end()) throw py::value_error("no native kernel for penalty '" + name + "'");
+  return static_cast<int>(found - names.begin());
+}
+
+class Layout {
+ public:
+  Layout(const py::list& tensors, const std::vector<int>& rule_of,
+         const std::vector<std::string>& penalties)
+      : table_(make(tensors, rule_of, penalties)) {}
+
+  py::tuple value(const py::list& tensors, const std::vector<double>& strengths,
+                  int threads) const {
+    check_strengths(strengths);
+    TensorReader reader;
+    const Pointers w = show(tensors, reader);
+    std::vector<double> sums = make_sums();
+    {
+      py::gil_scoped_release release;
+      cpu::value(table_, w.data(), strengths.data(), sums.data(), threads);
+    }
+    return py::make_tuple(value_from_sums(table_, sums.data(), strengths.data()), sums);
+  }
+
+  // grads[i] is a tensor like tensors[i], or None to leave the row out.
+  void gradient(const py::list& tensors, const py::list& grads,
+                const std::vector<double>& strengths, double scale, int threads) const {
+    check_strengths(strengths);
+    if (py::len(grads) != py::len(tensors)) throw py::value_error("one gradient per tensor");
+    TensorReader reader;
+    Pointers w, g;
+    std::vector<int64_t> others;
+    for (size_t i = 0; i < table_.rows().size(); ++i) {
+      const TensorView view = show(tensors, i, reader);
+      w.push_back(view.data);
+      g.push_back(show_gradient(view, PyList_GET_ITEM(grads.ptr(), i), i, reader, others));
+    }
+    if (!others.empty()) throw py::value_error("a gradient has other strides than its tensor");
+    py::gil_scoped_release release;
+    cpu::gradient(table_, w.data(), g.data(), strengths.data(), scale, threads);
+  }
+
+  // Adds to each tensor's .grad. Returns the value, and the rows whose gradient has other strides
+  // than its tensor: those were counted in the value, and the caller adds their gradient.
+  py::tuple accumulate(const py::list& tensors, const std::vector<double>& strengths, double scale,
+                       int threads) const {
+    check_strengths(strengths);
+    static PyObject* const kGrad = PyUnicode_InternFromString("grad");
+    TensorReader reader;
+    Pointers w, g;
+    w.reserve(table_.rows().size());
+    g.reserve(table_.rows().size());
+    std::vector<int64_t> others;
+    int64_t present = 0;
+    for (size_t i = 0; i < table_.rows().size(); ++i) {
+      const TensorView view = show(tensors, i, reader);
+      const auto grad = py::reinterpret_steal<py::object>(
+          PyObject_GetAttr(PyList_GET_ITEM(tensors.ptr(), i), kGrad));
+      if (!grad) throw py::error_already_set();
+      w.push_back(view.data);
+      g.push_back(show_gradient(view, grad.ptr(), i, reader, others));
+      present += !grad.is_none();
+    }
+    std::vector<double> sums = make_sums();
+    {
+      py::gil_scoped_release release;
+      cpu::accumulate(table_, w.data(), g.data(), strengths.data(), scale, sums.data(), threads);
+    }
+    return py::make_tuple(value_from_sums(table_, sums.data(), strengths.data()), present, others);
+  }
+
+  void prox(const py::list& tensors, const std::vector<double>& strengths, double step,
+            int threads) const {
+    check_strengths(strengths);
+    TensorReader reader;
+    const Pointers w = show(tensors, reader);
+    py::gil_scoped_release release;
+    cpu::prox(table_, w.data(), strengths.data(), step, threads);
+  }
+
+  // [(l1, l2_squared, max_abs, zeros, non_finite), ...], one per row.
+  std::vector<std::tuple<double, double, double, int64_t, int64_t>> stats(const py::list& tensors,
+                                                                          int threads) const {
+    TensorReader reader;
+    const Pointers w = show(tensors, reader);
+    std::vector<Stats> stats(table_.rows().size());
+    {
+      py::gil_scoped_release release;
+      cpu::stats(table_, w.data(), stats.data(), threads);
+    }
+    std::vector<std::tuple<double, double, double, int64_t, int64_t>> rows;
+    rows.reserve(stats.size());
+    for (const Stats& s : stats)
+      rows.emplace_back(s.l1, s.l2_squared, s.max_abs, s.zeros, s.non_finite);
+    return rows;
+  }
+
+ private:
+  using Pointers = std::vector<void*>;
+
+  // What a row must still be. Sizes and strides lie in geometry_: [shape..., strides...].
+  struct Recorded {
+    DType dtype;
+    int ndim;
+    size_t offset;
+  };
+
+  Table make(const py::list& tensors, const std::vector<int>& rule_of,
+             const std::vector<std::string>& penalties) {
+    if (rule_of.size() != py::len(tensors)) throw py::value_error("one rule per tensor");
+    std::vector<int> indices;
+    for (const std::string& name : penalties) indices.push_back(penalty_index(name));
+    TensorReader reader;
+    std::vector<Row> rows;
+    for (size_t i = 0; i < rule_of.size(); ++i) {
+      const TensorView view = reader.read(PyList_GET_ITEM(tensors.ptr(), i));
+      if (view.device_type != 1 || !view.dtype)
+        throw py::value_error("row " + std::to_string(i) + ": not a CPU tensor of a swept dtype");
+      recorded_.push_back({*view.dtype, view.ndim, geometry_.size()});
+      geometry_.insert(geometry_.end(), view.shape, view.shape + view.ndim);
+      geometry_.insert(geometry_.end(), view.strides, view.strides + view.ndim);
+      rows.push_back({view.numel(), *view.dtype, rule_of[i]});
+    }
+    return Table(std::move(rows), std::move(indices));
+  }
+
+  TensorView show(const py::list& tensors, size_t i, TensorReader& reader) const {
+    if (PyList_GET_SIZE(tensors.ptr()) != static_cast<Py_ssize_t>(recorded_.size()))
+      throw StaleLayout("the number of tensors changed");
+    const TensorView view = reader.read(PyList_GET_ITEM(tensors.ptr(), i));
+    const Recorded& was = recorded_[i];
+    const int64_t* geometry = geometry_.data() + was.offset;
+    const bool same = view.device_type == 1 && view.dtype == was.dtype && view.ndim == was.ndim &&
+                      std::equal(view.shape, view.shape + view.ndim, geometry) &&
+                      std::equal(view.strides, view.strides + view.ndim, geometry + was.ndim) &&
+                      (view.data != nullptr || table_.rows()[i].numel == 0);
+    if (!same) throw StaleLayout("row " + std::to_string(i) + " changed");
+    return view;
+  }
+
+  Pointers show(const py::list& tensors, TensorReader& reader) const {
+    Pointers pointers;
+    pointers.reserve(recorded_.size());
+    for (size_t i = 0; i < recorded_.size(); ++i) pointers.push_back(show(tensors, i, reader).data);
+    return pointers;
+  }
+
+  static void* show_gradient(const TensorView& tensor, PyObject* grad, size_t i,
+                             TensorReader& reader, std::vector<int64_t>& others) {
+    if (grad == Py_None) return nullptr;
+    TensorView view;
+    try {
+      view = reader.read(grad);
+    } catch (py::error_already_set&) {  // sparse, say
+      throw GradientMismatch(std::to_string(i));
+    }
+    if (view.device_type != 1 || view.dtype != tensor.dtype || !view.same_shape(tensor))
+      throw GradientMismatch(std::to_string(i));
+    if (view.same_strides(tensor)) return view.data;
+    others.push_back(static_cast<int64_t>(i));
+    return nullptr;
+  }
+
+  void check_strengths(const std::vector<double>& strengths) const {
+    if (strengths.size() != table_.penalties().size() * kMaxStrengths)
+      throw py::value_error("expected max_strengths strengths per rule");
+  }
+
+  std::vector<double> make_sums() const {
+    return std::vector<double>(table_.penalties().size() * kMaxSums);
+  }
+
+  std::vector<Recorded> recorded_;
+  std::vector<int64_t> geometry_;
+  Table table_;
+};
+
+}  // namespace
+}  // namespace pyreg
+
+PYBIND11_MODULE(_native, m) {
+  using pyreg::Layout;
+  m.doc() = "pyreg's native sweeps over CPU tensors. Use pyreg's Python functions instead.";
+  m.attr("max_strengths") = pyreg::kMaxStrengths;
+  m.attr("max_sums") = pyreg::kMaxSums;
+  m.attr("penalties") = py::tuple(py::cast(pyreg::penalty_names()));
+  py::register_exception<pyreg::StaleLayout>(m, "StaleLayout", PyExc_RuntimeError);
+  py::register_exception<pyreg::GradientMismatch>(m, "GradientMismatch", PyExc_RuntimeError);
+  m.def("instruction_set", &pyreg::cpu::instruction_set);
+  m.def("instruction_sets", &pyreg::cpu::instruction_sets);
+  m.def("use_instruction_set", &pyreg::cpu::use_instruction_set, py::arg("name"));
+  m.def("has_openmp", &pyreg::cpu::has_openmp);
+  m.def("has_exchange_api", &pyreg::TensorReader::has_exchange_api);
+  m.def("use_exchange_api", &pyreg::TensorReader::use_exchange_api, py::arg("yes"));
+  py::class_<Layout>(m, "Layout")
+      .def(py::init<const py::list&, const std::vector<int>&, const std::vector<std::string>&>(),
+           py::arg("tensors"), py::arg("rule_of"), py::arg("penalties"))
+      .def("value", &Layout::value, py::arg("tensors"), py::arg("strengths"), py::arg("threads"))
+      .def("gradient", &Layout::gradient, py::arg("tensors"), py::arg("grads"),
+           py::arg("strengths"), py::arg("scale"), py::arg("threads"))
+      .def("accumulate", &Layout::accumulate, py::arg("tensors"), py::arg("strengths"),
+           py::arg("scale"), py::arg("threads"))
+      .def("prox", &Layout::prox, py::arg("tensors"), py::arg("strengths"), py::arg("step"),
+           py::arg("threads"))
+      .def("stats", &Layout::stats, py::arg("tensors"), py::arg("threads"));
+}

@@ -1,0 +1,206 @@
+// The CPU kernels, compiled once per instruction set (PYREG_ISA names the namespace).
+//
+// A segment is walked chunk by chunk, a chunk in kDepth rows of kLanes elements. Lane j adds the
+// elements j, j + kLanes, ... of the chunk in the compute type, at most kDepth of them, and then
+// the lanes are added in double in a fixed order. So the bits do not depend on the vector width,
+// and a float32 sum of non-negative terms is within (kDepth + 1) * 2^-24 < 1.02e-6 of the exact one
+// in the worst case (additions and one multiplication per term), a hundred times closer in the
+// typical.
+//
+// Every inner loop runs over at most kLanes elements of plain arrays, which the compiler
+// vectorizes; the lanes (1 KiB) and the widened 16-bit elements live in the first-level cache, so
+// each element is read from memory once and written at most once.
+
+#include "kernels.h"
+
+#include <cstring>
+
+#include "elements.h"
+
+namespace pyreg::cpu::PYREG_ISA {
+namespace {
+
+constexpr int kLanes = 256;
+constexpr int kDepth = kChunk / kLanes;
+static_assert(kDepth == 16, "the error bound above assumes it");
+
+// The lanes in double: kLanes -> 16 -> 1, always in this order.
+template <class C>
+PYREG_FN double reduce(const C* lanes) {
+  double d[16];
+  for (int j = 0; j < 16; ++j) d[j] = static_cast<double>(lanes[j]);
+  for (int i = 16; i < kLanes; i += 16)
+    for (int j = 0; j < 16; ++j) d[j] += static_cast<double>(lanes[i + j]);
+  for (int half = 8; half > 0; half /= 2)
+    for (int j = 0; j < half; ++j) d[j] += d[j + half];
+  return d[0];
+}
+
+// Asks for the row that comes kAhead bytes later: the hardware's own prefetch stops at pages.
+constexpr int kAhead = 1024;
+template <int write = 0, class T>
+PYREG_FN void prefetch(const T* row) {
+  const char* p = reinterpret_cast<const char*>(row) + kAhead;
+  for (int i = 0; i < kLanes * static_cast<int>(sizeof(T)); i += 64)
+    __builtin_prefetch(p + i, write);
+}
+
+PYREG_FN int at_most(int64_t n, int64_t limit) { return static_cast<int>(n < limit ? n : limit); }
+
+template <class C>
+struct Strengths {
+  C c[kMaxStrengths];
+  PYREG_FN explicit Strengths(const double* strengths) {
+    for (int k = 0; k < kMaxStrengths; ++k) c[k] = static_cast<C>(strengths[k]);
+  }
+};
+
+// The lanes of up to two sums. (Two plain pointers: a loop over k inside the loop over elements
+// does not vectorize.)
+template <class P, class C>
+struct Lanes {
+  C first[kLanes] = {}, second[P::kSums > 1 ? kLanes : 1] = {};
+
+  PYREG_FN void add(int j, C x, const C* c) {
+    first[j] = P::template add<0>(first[j], x, c);
+    if constexpr (P::kSums > 1) second[j] = P::template add<1>(second[j], x, c);
+  }
+  PYREG_FN void flush(double* sums) const {
+    sums[0] += reduce(first);
+    if constexpr (P::kSums > 1) sums[1] += reduce(second);
+  }
+};
+
+template <class P, class T>
+void value(const void* w_, int64_t n, const double* strengths, double* sums) {
+  using C = typename Element<T>::Compute;
+  const T* w = static_cast<const T*>(w_);
+  const Strengths<C> s(strengths);
+  C buffer[kLanes];
+  for (int64_t chunk = 0; chunk < n; chunk += kChunk) {
+    const int64_t end = chunk + at_most(n - chunk, kChunk);
+    Lanes<P, C> lanes;
+    for (int64_t i = chunk; i < end; i += kLanes) {
+      const int m = at_most(end - i, kLanes);
+      prefetch(w + i);
+      const C* x = widen(w + i, m, buffer);
+#pragma omp simd
+      for (int j = 0; j < m; ++j) lanes.add(j, x[j], s.c);
+    }
+    lanes.flush(sums);
+  }
+}
+
+template <class P, class T>
+void gradient(const void* w_, void* g_, int64_t n, const double* strengths, double scale_) {
+  using C = typename Element<T>::Compute;
+  const T* w = static_cast<const T*>(w_);
+  T* g = static_cast<T*>(g_);
+  const Strengths<C> s(strengths);
+  const C scale = static_cast<C>(scale_);
+  C buffer[kLanes], result[kLanes];
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int m = at_most(n - i, kLanes);
+    const C* x = widen(w + i, m, buffer);
+    C* y = target(g + i, result);
+#pragma omp simd
+    for (int j = 0; j < m; ++j) y[j] = scale * P::grad(x[j], s.c);
+    narrow(y, m, g + i);
+  }
+}
+
+template <class P, class T>
+void accumulate(const void* w_, void* g_, int64_t n, const double* strengths, double scale_,
+                double* sums) {
+  using C = typename Element<T>::Compute;
+  const T* w = static_cast<const T*>(w_);
+  T* g = static_cast<T*>(g_);
+  const Strengths<C> s(strengths);
+  const C scale = static_cast<C>(scale_);
+  C w_buffer[kLanes], g_buffer[kLanes], result[kLanes];
+  for (int64_t chunk = 0; chunk < n; chunk += kChunk) {
+    const int64_t end = chunk + at_most(n - chunk, kChunk);
+    Lanes<P, C> lanes;
+    for (int64_t i = chunk; i < end; i += kLanes) {
+      const int m = at_most(end - i, kLanes);
+      prefetch(w + i);
+      prefetch<1>(g + i);
+      const C* x = widen(w + i, m, w_buffer);
+      const C* old = widen(g + i, m, g_buffer);
+      C* y = target(g + i, result);
+#pragma omp simd
+      for (int j = 0; j < m; ++j) {
+        lanes.add(j, x[j], s.c);
+        y[j] = old[j] + scale * P::grad(x[j], s.c);
+      }
+      narrow(y, m, g + i);
+    }
+    lanes.flush(sums);
+  }
+}
+
+template <class P, class T>
+void prox(void* w_, int64_t n, const double* strengths, double step_) {
+  using C = typename Element<T>::Compute;
+  T* w = static_cast<T*>(w_);
+  const Strengths<C> s(strengths);
+  const C step = static_cast<C>(step_);
+  C buffer[kLanes], result[kLanes];
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int m = at_most(n - i, kLanes);
+    const C* x = widen(static_cast<const T*>(w + i), m, buffer);
+    C* y = target(w + i, result);
+#pragma omp simd
+    for (int j = 0; j < m; ++j) y[j] = P::prox(x[j], step, s.c);
+    narrow(y, m, w + i);
+  }
+}
+
+template <class T>
+void stats(const void* w_, int64_t n, Stats* stats) {
+  using C = typename Element<T>::Compute;
+  const T* w = static_cast<const T*>(w_);
+  constexpr C kInfinity = static_cast<C>(__builtin_inf());
+  C buffer[kLanes];
+  for (int64_t chunk = 0; chunk < n; chunk += kChunk) {
+    const int64_t end = chunk + at_most(n - chunk, kChunk);
+    C l1[kLanes] = {}, l2[kLanes] = {}, top[kLanes] = {};
+    int32_t zeros[kLanes] = {}, non_finite[kLanes] = {};
+    for (int64_t i = chunk; i < end; i += kLanes) {
+      const int m = at_most(end - i, kLanes);
+      const C* x = widen(w + i, m, buffer);
+#pragma omp simd
+      for (int j = 0; j < m; ++j) {
+        const C a = absolute(x[j]);
+        l1[j] += a;
+        l2[j] = mul_add(a, a, l2[j]);
+        top[j] = a <= top[j] || top[j] != top[j] ? top[j] : a;  // NaN enters and stays
+        zeros[j] += a == C(0);
+        non_finite[j] += !(a < kInfinity);
+      }
+    }
+    stats->l1 += reduce(l1);
+    stats->l2_squared += reduce(l2);
+    for (int j = 0; j < kLanes; ++j) {
+      const double a = static_cast<double>(top[j]);
+      if (!(a <= stats->max_abs || stats->max_abs != stats->max_abs)) stats->max_abs = a;
+      stats->zeros += zeros[j];
+      stats->non_finite += non_finite[j];
+    }
+  }
+}
+
+template <class P, class T>
+constexpr PenaltyKernels of() {
+  return {value<P, T>, gradient<P, T>, accumulate<P, T>, prox<P, T>};
+}
+
+}  // namespace
+
+extern const Kernels kernels;
+#define PYREG_ROW(P) {of<P, float>(), of<P, double>(), of<P, BFloat16>(), of<P, Float16>()},
+const Kernels kernels = {{PYREG_PENALTIES(PYREG_ROW)},
+                         {stats<float>, stats<double>, stats<BFloat16>, stats<Float16>}};
+#undef PYREG_ROW
+
+}  // namespace pyreg::cpu::PYREG_ISA

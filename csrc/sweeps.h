@@ -1,0 +1,53 @@
+// The library's face: one function per sweep. No torch, no Python.
+//
+// w[i] and g[i] point at row i's elements, in storage order. strengths is [rules][kMaxStrengths].
+// sums is [rules][kMaxSums], written in full: what Penalty::value needs, in double. Results are
+// bitwise the same for any number of threads. N is the parameters' size in bytes.
+#pragma once
+
+#include "table.h"
+
+namespace pyreg {
+
+struct Stats {
+  double l1 = 0, l2_squared = 0, max_abs = 0;
+  int64_t zeros = 0, non_finite = 0;
+};
+
+namespace cpu {
+
+// The instruction set that the sweeps use on this machine, e.g. "x86-64-v4".
+const char* instruction_set();
+
+// Those compiled in, widest first, and a way to choose a narrower one (for tests and comparisons).
+// Raises std::invalid_argument for a name that is not compiled in or that this machine lacks.
+std::vector<const char*> instruction_sets();
+void use_instruction_set(const char* name);
+
+// Whether the sweeps were compiled with OpenMP.
+bool has_openmp();
+
+// Reads N.
+void value(const Table& table, const void* const* w, const double* strengths, double* sums,
+           int threads);
+
+// g = scale * grad(w). Reads N, writes N. Rows with a null g are left out.
+void gradient(const Table& table, const void* const* w, void* const* g, const double* strengths,
+              double scale, int threads);
+
+// g += scale * grad(w), and the sums. Reads 2 N, writes N. Rows with a null g add to the sums only.
+void accumulate(const Table& table, const void* const* w, void* const* g, const double* strengths,
+                double scale, double* sums, int threads);
+
+// w = prox(w, step). Reads N, writes N.
+void prox(const Table& table, void* const* w, const double* strengths, double step, int threads);
+
+// stats is [rows]. Reads N.
+void stats(const Table& table, const void* const* w, Stats* stats, int threads);
+
+}  // namespace cpu
+
+// The value from an earlier sweep's sums.
+double value_from_sums(const Table& table, const double* sums, const double* strengths);
+
+}  // namespace pyreg

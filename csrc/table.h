@@ -1,0 +1,86 @@
+// The pointer table: rows (one per tensor) cut into chunks, and chunks grouped into segments.
+//
+// A chunk has a fixed number of elements. A segment is a run of consecutive chunks of one row: the
+// unit that a worker takes and the unit that leaves one partial result. The cut depends on the
+// sizes alone, never on threads or grid, so partials combined in order give the same bits on every
+// run. Partials stay few however large the model: about kSegments plus one per row.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+namespace pyreg {
+
+enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
+constexpr int kDTypes = 4;
+
+constexpr int64_t kChunk = 4096;     // elements
+constexpr int64_t kSegments = 4096;  // aimed at, for models of many chunks
+
+struct Row {
+  int64_t numel;
+  DType dtype;
+  int rule;  // which penalty and strengths: an index into Table::penalties
+};
+
+// A segment's place: elements [begin, end) of a row.
+struct Span {
+  int64_t row, begin, end;
+};
+
+class Table {
+ public:
+  // penalties[rule] is an index into PYREG_PENALTIES.
+  Table(std::vector<Row> rows, std::vector<int> penalties)
+      : rows_(std::move(rows)), penalties_(std::move(penalties)), first_(rows_.size() + 1, 0) {
+    int64_t chunks = 0;
+    for (const Row& r : rows_) {
+      if (r.numel < 0) throw std::invalid_argument("a row has a negative size");
+      if (r.rule < 0 || r.rule >= static_cast<int>(penalties_.size()))
+        throw std::invalid_argument("a row names a rule that does not exist");
+      chunks += divide_up(r.numel, kChunk);
+      numel_ += r.numel;
+    }
+    run_ = kChunk * std::max<int64_t>(1, divide_up(chunks, kSegments));
+    for (size_t i = 0; i < rows_.size(); ++i)
+      first_[i + 1] = first_[i] + divide_up(rows_[i].numel, run_);
+  }
+
+  const std::vector<Row>& rows() const { return rows_; }
+  const std::vector<int>& penalties() const { return penalties_; }
+  int64_t numel() const { return numel_; }
+  int64_t segments() const { return first_.back(); }
+  int64_t first_segment(int64_t row) const { return first_[row]; }
+
+  // One binary search; empty rows own no segment and are never found.
+  Span locate(int64_t segment) const {
+    const int64_t row =
+        std::upper_bound(first_.begin(), first_.end(), segment) - first_.begin() - 1;
+    return at(row, segment);
+  }
+
+  // The segment after `span`, by increments; `segment` is its number.
+  Span next(Span span, int64_t segment) const {
+    while (segment >= first_[span.row + 1]) ++span.row;
+    return at(span.row, segment);
+  }
+
+ private:
+  static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+  Span at(int64_t row, int64_t segment) const {
+    const int64_t begin = (segment - first_[row]) * run_;
+    return {row, begin, std::min(begin + run_, rows_[row].numel)};
+  }
+
+  std::vector<Row> rows_;
+  std::vector<int> penalties_;
+  std::vector<int64_t> first_;  // [rows + 1] the first segment of each row
+  int64_t run_ = kChunk;        // elements per segment
+  int64_t numel_ = 0;
+};
+
+}  // namespace pyreg

@@ -1,0 +1,166 @@
+"""The differentiable value: an autograd Function in eager mode, the ops under torch.compile.
+
+Forward reads N; backward reads N and writes N, into one flat buffer whose views autograd then adds
+to each `.grad` (or keeps, where `.grad` is None). The torch backend needs none of this: there the
+value is a graph of torch operations, and so it is inside `torch.func` transforms and in a double
+backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+from .backend.torch import TorchBackend
+from .dispatch import BackendError, choose, requested
+from .pack import Label, Pack, Packs, check
+from .penalties import Penalty
+from .sweeps import add_values
+
+_version = attrgetter("_version")
+
+
+def value(packs: Packs, tensors: list[Tensor], rules: Sequence[Penalty], label: Label) -> Tensor:
+    """Omega over all tensors, 0-dim, differentiable in the tensors and in tensor strengths.
+
+    For eager mode; while torch.compile traces, call `ops.value` instead.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return _transformed_value(packs, tensors, rules, label)
+
+    def sweep(current: list[Pack]) -> Tensor:
+        values = []
+        for pack in current:
+            rows, backend = pack.take(tensors), choose(pack).backend
+            backend_value = _torch_value if backend.name == "torch" else _native_value
+            values.append(backend_value(backend, pack, rows, rules, label))
+        return add_values(values, packs.value_dtype)
+
+    return packs.run(sweep, tensors, label)
+
+
+def _torch_value(
+    backend: TorchBackend, pack: Pack, rows: list[Tensor], rules: Sequence[Penalty], label: Label
+) -> Tensor:
+    backend.check(pack, rows)
+    return backend.differentiable_value(pack, rows, rules)
+
+
+def _native_value(
+    backend: Any, pack: Pack, rows: list[Tensor], rules: Sequence[Penalty], label: Label
+) -> Tensor:
+    strengths = None
+    if torch.is_grad_enabled():
+        if any(isinstance(s, Tensor) and s.requires_grad for rule in rules for s in rule.strengths):
+            strengths = ops.stack_strengths(rules, pack.device)
+        if strengths is not None or any(t.requires_grad for t in rows):
+            return _Value.apply(_Call(backend, pack, rules, label), strengths, *rows)
+    return backend.value(pack, rows, rules)[0]
+
+
+class _Call:
+    """What a forward leaves for its backward, besides tensors."""
+
+    def __init__(self, backend: Any, pack: Pack, rules: Sequence[Penalty], label: Label) -> None:
+        self.backend = backend
+        self.pack = pack
+        self.rules = rules
+        self.label = label
+
+
+class _Value(torch.autograd.Function):
+    """Omega of one pack. (call, strengths [rules, *] or None, *rows) -> 0-dim float64."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, strengths: Tensor | None, *rows: Tensor) -> Tensor:
+        value, sums = call.backend.value(call.pack, list(rows), call.rules)
+        ctx.call, ctx.sums = call, sums
+        # Saving thousands of tensors costs milliseconds. Autograd keeps one, which answers for the
+        # graph being freed; the rest are held here, and their versions compared in backward.
+        ctx.save_for_backward(rows[0], strengths)
+        ctx.rows = rows
+        ctx.wanted = ctx.needs_input_grad[2:]
+        ctx.versions = _versions(rows, ctx.wanted)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        _, strengths = ctx.saved_tensors
+        call, rows, wanted = ctx.call, list(ctx.rows), ctx.wanted
+        if (now := _versions(rows, wanted)) != ctx.versions:
+            raise RuntimeError(_modified(call, now, ctx.versions))
+        if torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
+            return (None, *_differentiable_gradient(ctx, grad_output, strengths, rows))
+        grads = call.pack.flat_gradient()
+        if not all(wanted):
+            grads = [g if w else None for g, w in zip(grads, wanted, strict=True)]
+        if any(wanted):
+            call.backend.gradient(call.pack, rows, grads, call.rules, grad_output)
+        grad_strengths = None
+        if ctx.needs_input_grad[1]:
+            sums = torch.as_tensor(ctx.sums, dtype=torch.float64, device=strengths.device)
+            grad_strengths = grad_output * sums[:, : strengths.shape[1]]
+        return None, grad_strengths, *grads
+
+
+def _versions(rows: Sequence[Tensor], wanted: Sequence[bool]) -> list[int]:
+    """How often each row that gets a gradient was changed in place so far (0 for the others)."""
+    if all(wanted):
+        return list(map(_version, rows))
+    return [t._version if w else 0 for t, w in zip(rows, wanted, strict=True)]
+
+
+def _modified(call: _Call, now: list[int], before: list[int]) -> str:
+    i = next(i for i, (a, b) in enumerate(zip(now, before, strict=True)) if a != b)
+    return (
+        f"{call.label(call.pack.rows[i])}: needed for the penalty's gradient, but modified by an "
+        f"inplace operation between forward and backward: it is at version {now[i]}, expected "
+        f"version {before[i]}"
+    )
+
+
+def _differentiable_gradient(
+    ctx: Any, grad_output: Tensor, strengths: Tensor | None, rows: list[Tensor]
+) -> list[Tensor | None]:
+    """[gradient of the strengths, of each row], by the formulas, with a graph of their own."""
+    call = ctx.call
+    names = [rule.name for rule in call.rules]
+    own = (
+        [rule.strengths for rule in call.rules]
+        if strengths is None
+        else ops.unstack_strengths(names, strengths)
+    )
+    formulas = [reference.FORMULAS[name] for name in names]
+    grads = [
+        (grad_output * formulas[r].grad(w, *own[r])).to(w.dtype) if wanted else None
+        for r, w, wanted in zip(call.pack.rule_of, rows, ctx.wanted, strict=True)
+    ]
+    grad_strengths = None
+    if ctx.needs_input_grad[1]:
+        terms = [
+            formulas[r].value(w, *own[r]) for r, w in zip(call.pack.rule_of, rows, strict=True)
+        ]
+        total = torch.stack([t.double() for t in terms]).sum()
+        (by_strength,) = torch.autograd.grad(total, strengths, create_graph=True)
+        grad_strengths = grad_output * by_strength
+    return [grad_strengths, *grads]
+
+
+def _transformed_value(
+    packs: Packs, tensors: list[Tensor], rules: Sequence[Penalty], label: Label
+) -> Tensor:
+    """Under grad, vmap, ... of torch.func: the formulas, which every transform understands."""
+    if (name := requested()) not in ("auto", "torch"):
+        raise BackendError(f"backend {name!r} cannot serve: inside a torch.func transform")
+    for i, t in enumerate(tensors):
+        check(t, label(i))
+    terms = [rules[r].value(t) for r, t in zip(packs.rule_of, tensors, strict=True)]
+    wide = any(t.dtype == torch.float64 for t in tensors)
+    return (
+        torch.stack([t.double() for t in terms]).sum().to(torch.float64 if wide else torch.float32)
+    )

@@ -1,0 +1,18 @@
+"""Who runs a sweep. One class each, with the same verbs; imported when first needed.
+
+A backend has
+
+- `name`; `missing()`: why it cannot be used at all, or None; `version()`: for `pyreg doctor`;
+- `refuses(pack)`: why it cannot sweep this pack, or None;
+- `check(pack, tensors)`: raises StaleLayout if the tensors are not what the pack recorded;
+- the sweeps, over `tensors` = the pack's rows and `rules` = the penalties, in the order of
+  `pack.penalties`. Each may raise StaleLayout, before anything is written:
+
+  - `value(pack, tensors, rules) -> (value, sums)`: 0-dim float64; [rules, strengths] derivatives by
+    the strengths (whatever `torch.as_tensor` takes);
+  - `gradient(pack, tensors, grads, rules, scale)`: grads[i] = scale * gradient, None left out;
+  - `accumulate(pack, tensors, rules, scale) -> (value, present)`: .grad += scale * gradient where
+    there is one; how many there were;
+  - `prox(pack, tensors, rules, step)`: in place;
+  - `stats(pack, tensors)`: [rows, 5] float64, the columns of `reference.stats`.
+"""

@@ -1,0 +1,111 @@
+"""The native backend: csrc's sweeps over CPU tensors."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..pack import GradientMismatch, Pack, StaleLayout
+from ..penalties import Penalty
+from .torch import add_gradient
+
+
+@cache
+def load() -> ModuleType | str:
+    """The compiled module, or why there is none."""
+    try:
+        return importlib.import_module("pyreg._native")
+    except ImportError as error:
+        return f"the compiled module is missing ({error})"
+
+
+class NativeBackend:
+    name = "native"
+
+    def missing(self) -> str | None:
+        native = load()
+        return native if isinstance(native, str) else None
+
+    def version(self) -> str:
+        native = load()
+        if isinstance(native, str):
+            return ""
+        threads = "OpenMP" if native.has_openmp() else "one thread"
+        return f"CPU, {native.instruction_set()}, {threads}"
+
+    def refuses(self, pack: Pack) -> str | None:
+        if pack.irregular is not None:
+            return pack.irregular
+        if pack.device.type != "cpu":
+            return f"no native sweeps for device {pack.device}"
+        for name in pack.penalties:
+            if name not in load().penalties:
+                return f"no native kernel for penalty {name!r}"
+        return None
+
+    def _layout(self, pack: Pack, tensors: list[Tensor]):
+        layout = pack.layouts.get(self.name)
+        if layout is None:
+            pack.check_rows(tensors)
+            layout = load().Layout(tensors, pack.rule_of, list(pack.penalties))
+            pack.layouts[self.name] = layout
+        return layout
+
+    def _strengths(self, rules: Sequence[Penalty]) -> list[float]:
+        width = load().max_strengths
+        padded = [(*rule.strengths, *[0.0] * (width - len(rule.strengths))) for rule in rules]
+        return [float(s) for row in padded for s in row]
+
+    def _sweep(self, verb: str, pack: Pack, tensors: list[Tensor], *args):
+        native = load()
+        layout = self._layout(pack, tensors)
+        try:
+            return getattr(layout, verb)(tensors, *args, torch.get_num_threads())
+        except native.StaleLayout as error:
+            raise StaleLayout(str(error)) from None
+        except native.GradientMismatch:
+            raise GradientMismatch from None
+
+    def check(self, pack: Pack, tensors: list[Tensor]) -> None:
+        pack.check_rows(tensors)
+
+    def value(
+        self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty]
+    ) -> tuple[Tensor, list[list[float]]]:
+        value, sums = self._sweep("value", pack, tensors, self._strengths(rules))
+        width = load().max_sums
+        rows = [sums[i : i + width] for i in range(0, len(sums), width)]
+        return torch.tensor(value, dtype=torch.float64), rows
+
+    def gradient(
+        self,
+        pack: Pack,
+        tensors: list[Tensor],
+        grads: list[Tensor | None],
+        rules: Sequence[Penalty],
+        scale: float | Tensor,
+    ) -> None:
+        self._sweep("gradient", pack, tensors, grads, self._strengths(rules), float(scale))
+
+    def accumulate(
+        self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty], scale: float | Tensor
+    ) -> tuple[Tensor, int]:
+        strengths = self._strengths(rules)
+        value, present, others = self._sweep("accumulate", pack, tensors, strengths, float(scale))
+        for i in others:
+            add_gradient(rules[pack.rule_of[i]], tensors[i], scale)
+        return torch.tensor(value, dtype=torch.float64), present
+
+    def prox(
+        self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty], step: float | Tensor
+    ) -> None:
+        self._sweep("prox", pack, tensors, self._strengths(rules), float(step))
+        torch.autograd.graph.increment_version(tensors)
+
+    def stats(self, pack: Pack, tensors: list[Tensor]) -> Tensor:
+        return torch.tensor(self._sweep("stats", pack, tensors), dtype=torch.float64).view(-1, 5)

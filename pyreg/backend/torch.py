@@ -1,0 +1,92 @@
+"""The torch backend: the oracle's formulas, tensor by tensor. Serves every device and layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..pack import Pack
+from ..penalties import Penalty
+
+
+class TorchBackend:
+    name = "torch"
+
+    def missing(self) -> str | None:
+        return None
+
+    def version(self) -> str:
+        return f"torch {torch.__version__}"
+
+    def refuses(self, pack: Pack) -> str | None:
+        return None
+
+    def check(self, pack: Pack, tensors: Sequence[Tensor]) -> None:
+        pack.check_rows(tensors)
+
+    def differentiable_value(
+        self, pack: Pack, tensors: Sequence[Tensor], rules: Sequence[Penalty]
+    ) -> Tensor:
+        """The value as a graph of torch operations: 0-dim float64."""
+        terms = [rules[r].value(t) for r, t in zip(pack.rule_of, tensors, strict=True)]
+        return torch.stack([term.double() for term in terms]).sum()
+
+    def value(
+        self, pack: Pack, tensors: Sequence[Tensor], rules: Sequence[Penalty]
+    ) -> tuple[Tensor, None]:
+        with torch.no_grad():
+            return self.differentiable_value(pack, tensors, rules), None
+
+    def gradient(
+        self,
+        pack: Pack,
+        tensors: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        rules: Sequence[Penalty],
+        scale: float | Tensor,
+    ) -> None:
+        with torch.no_grad():
+            for r, t, g in zip(pack.rule_of, tensors, grads, strict=True):
+                if g is not None:
+                    g.copy_(_scaled_gradient(rules[r], t, scale))
+
+    def accumulate(
+        self,
+        pack: Pack,
+        tensors: Sequence[Tensor],
+        rules: Sequence[Penalty],
+        scale: float | Tensor,
+    ) -> tuple[Tensor, int]:
+        value, _ = self.value(pack, tensors, rules)
+        present = 0
+        for r, t in zip(pack.rule_of, tensors, strict=True):
+            if t.grad is not None:
+                add_gradient(rules[r], t, scale)
+                present += 1
+        return value, present
+
+    def prox(
+        self, pack: Pack, tensors: Sequence[Tensor], rules: Sequence[Penalty], step: float | Tensor
+    ) -> None:
+        with torch.no_grad():
+            for r, t in zip(pack.rule_of, tensors, strict=True):
+                t.copy_(rules[r].prox(t, step))
+
+    def stats(self, pack: Pack, tensors: Sequence[Tensor]) -> Tensor:
+        return torch.stack([reference.stats(t) for t in tensors])
+
+
+def _scaled_gradient(penalty: Penalty, w: Tensor, scale: float | Tensor) -> Tensor:
+    """scale * grad in the compute dtype: rounded to w's dtype once, by the caller."""
+    return penalty.grad(w.to(reference.compute_dtype(w.dtype))) * scale
+
+
+def add_gradient(penalty: Penalty, w: Tensor, scale: float | Tensor) -> None:
+    """w.grad += scale * grad(w), rounded once."""
+    with torch.no_grad():
+        w.grad.copy_(
+            w.grad.to(reference.compute_dtype(w.dtype)) + _scaled_gradient(penalty, w, scale)
+        )

@@ -1,0 +1,126 @@
+"""Which parameters the rules of a regularizer cover, and why the others are left out."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from torch import Tensor
+
+from .penalties import Penalty
+from .text import table
+
+
+@dataclass(frozen=True)
+class Covered:
+    """One parameter and what the rules make of it."""
+
+    name: str
+    tensor: Tensor
+    aliases: tuple[str, ...]  # its other names (tied weights)
+    rule: str | None  # the pattern that it belongs to
+    penalty: Penalty | None  # that rule's; None if it is not penalised
+    excluded_by: str | None  # the pattern of `exclude` that matched
+
+    @property
+    def reason(self) -> str:
+        """The rule in words: what is done with the parameter and by which pattern."""
+        if self.excluded_by is not None:
+            why = f"excluded by {self.excluded_by!r}"
+        elif self.penalty is None:
+            why = "no rule matches"
+        else:
+            why = f"{self.rule!r}: {self.penalty!r}"
+        if not self.tensor.requires_grad:
+            why += ", frozen"
+        if self.aliases:
+            why += f" (also {', '.join(self.aliases)})"
+        return why
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """All parameters of a model and what the rules make of them. `str()` gives a table."""
+
+    rows: list[Covered]
+    unmatched: list[str]  # patterns that match no parameter (only without `strict`)
+    sweeps: list[str] = field(default_factory=list)  # "12 tensors on cpu: native"; why not a faster
+
+    @property
+    def penalised(self) -> list[Covered]:
+        return [row for row in self.rows if row.penalty is not None]
+
+    def __str__(self) -> str:
+        whole = sum(row.tensor.numel() for row in self.rows)
+        part = sum(row.tensor.numel() for row in self.penalised)
+        share = 100 * part / whole if whole else 0.0
+        head = (
+            f"Regularizer: {len(self.penalised)} of {len(self.rows)} parameters, "
+            f"{part:,} of {whole:,} elements ({share:.1f} %)"
+        )
+        body = table(
+            ["parameter", "dtype", "shape", "elements", "rule"],
+            [
+                [
+                    row.name,
+                    str(row.tensor.dtype).removeprefix("torch."),
+                    "x".join(map(str, row.tensor.shape)) or "scalar",
+                    f"{row.tensor.numel():,}",
+                    row.reason,
+                ]
+                for row in self.rows
+            ],
+            right={3},
+        )
+        tail = [f"pattern {pattern!r} matches no parameter" for pattern in self.unmatched]
+        tail += [f"sweep: {line}" for line in self.sweeps]
+        return "\n".join([head, "", body, *([""] if tail else []), *tail])
+
+
+def resolve(
+    named: Sequence[tuple[str, Tensor]],
+    rules: Mapping[str, Penalty],
+    exclude: Sequence[str],
+    strict: bool,
+) -> Coverage:
+    """Apply the rules to all names. A tensor that stands under several names is one row.
+
+    Raises:
+        ValueError: with `strict`, a pattern matches nothing; or nothing is left to penalise.
+    """
+    names_of: dict[int, list[str]] = {}
+    tensors: dict[int, Tensor] = {}
+    for name, tensor in named:
+        tensors[id(tensor)] = tensor
+        names_of.setdefault(id(tensor), []).append(name)
+    all_names = [name for name, _ in named]
+    unmatched = [p for p in (*exclude, *rules) if not _matches(p, all_names)]
+    if unmatched and strict:
+        raise ValueError(_unmatched_message(unmatched[0], all_names))
+    rows = []
+    for key, names in names_of.items():
+        excluded_by = next((p for p in exclude if _matches(p, names)), None)
+        rule = None
+        if excluded_by is None:
+            rule = next((p for p in rules if _matches(p, names)), None)
+        penalty = None if rule is None else rules[rule]
+        rows.append(Covered(names[0], tensors[key], tuple(names[1:]), rule, penalty, excluded_by))
+    coverage = Coverage(rows, unmatched)
+    if not coverage.penalised:
+        raise ValueError(
+            f"nothing to penalise: {len(rows)} parameters, none left by rules {list(rules)} and "
+            f"exclude {list(exclude)}"
+        )
+    return coverage
+
+
+def _matches(pattern: str, names: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names)
+
+
+def _unmatched_message(pattern: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or list(names[:3])
+    hint = f"names look like {', '.join(map(repr, near))}" if near else "there are no parameters"
+    return f"pattern {pattern!r} matches no parameter; {hint} (strict=False allows it)"

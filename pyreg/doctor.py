@@ -1,0 +1,85 @@
+"""What `pyreg doctor` prints: what is available on this machine, what is missing, how to get it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+
+import torch
+
+from . import __version__
+from .backend import native
+from .dispatch import BackendError, backends, requested
+from .text import table
+
+
+def diagnose() -> str:
+    """A report as text."""
+    lines = [
+        f"pyreg {__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
+        f"{platform.system()} {platform.machine()}",
+        "",
+        table(
+            ["backend", "available", "detail"],
+            [[b.name, "yes" if b.available else "no", b.detail] for b in backends()],
+        ),
+        "",
+        f"backend asked for: {_asked_for()}",
+        f"threads: {torch.get_num_threads()} (torch.get_num_threads())",
+    ]
+    module = native.load()
+    if isinstance(module, str):
+        lines += ["", *_how_to_build()]
+    else:
+        lines += [
+            f"instruction sets: {module.instruction_set()} in use, built in: "
+            + ", ".join(module.instruction_sets()),
+            f"penalties with native kernels: {', '.join(module.penalties)}",
+            "tensor look-up: "
+            + (
+                "DLPack exchange API"
+                if module.has_exchange_api()
+                else "Python attributes (torch >= 2.10 has a faster way)"
+            ),
+        ]
+        if not module.has_openmp():
+            lines.append(
+                "built without OpenMP: one thread; install libgomp (GCC) or libomp (Clang) and "
+                "reinstall pyreg"
+            )
+    return "\n".join(lines)
+
+
+def _asked_for() -> str:
+    try:
+        name = requested()
+    except BackendError as error:
+        return str(error)
+    source = "PYREG_BACKEND" if os.environ.get("PYREG_BACKEND") else "the default"
+    return f"{name} ({source})"
+
+
+def _how_to_build() -> list[str]:
+    compiler = next(
+        (
+            found
+            for name in (os.environ.get("CXX"), "c++", "g++", "clang++")
+            if name and (found := shutil.which(name))
+        ),
+        None,
+    )
+    lines = ["Without the native library, sweeps run tensor by tensor on the torch backend."]
+    if compiler is None:
+        lines.append(
+            "No C++ compiler was found. Install one (Debian, Ubuntu: apt install g++; Fedora: dnf "
+            "install gcc-c++; macOS: xcode-select --install; conda: conda install cxx-compiler),"
+        )
+        lines.append("then reinstall pyreg:")
+    else:
+        lines.append(f"A C++ compiler is here ({compiler}). Reinstall pyreg and see what it says:")
+    lines.append(
+        f"    PYREG_BUILD=cpu {sys.executable} -m pip install --force-reinstall --no-deps -v pyreg"
+    )
+    return lines

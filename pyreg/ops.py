@@ -1,0 +1,137 @@
+"""The torch.library ops that torch.compile sees. Eager mode does not pay for them.
+
+Strengths are an operand ([rules, most strengths of any] float64), so a changed one does not
+recompile; which penalty applies to which tensor is part of the graph.
+
+    pyreg::value(tensors, strengths, penalties, rule_of) -> 0-dim
+    pyreg::gradient(grad_output, tensors, strengths, penalties, rule_of) -> one per tensor
+    pyreg::strength_gradient(grad_output, tensors, strengths, penalties, rule_of) -> like strengths
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference, sweeps
+from .dispatch import choose
+from .pack import Pack, label, packs_for
+from .penalties import PENALTIES, Penalty
+
+_OPERANDS = "Tensor[] tensors, Tensor strengths, str[] penalties, int[] rule_of"
+
+
+def value(tensors: list[Tensor], rules: Sequence[Penalty], rule_of: Sequence[int]) -> Tensor:
+    """Omega, as one op in the graph that is being traced."""
+    strengths = stack_strengths(rules, tensors[0].device)
+    names = [rule.name for rule in rules]
+    return torch.ops.pyreg.value(tensors, strengths, names, list(rule_of))
+
+
+def stack_strengths(rules: Sequence[Penalty], device: torch.device | str) -> Tensor:
+    """[rules, most strengths of any] float64; unused places are 0. Carries the strengths' graph."""
+    width = max(len(rule.strengths) for rule in rules)
+    one = torch.ones((), dtype=torch.float64, device=device)
+    rows = []
+    for rule in rules:
+        row = [
+            s.to(device=device, dtype=torch.float64)
+            if isinstance(s, Tensor)
+            else one * s  # of a float, torch.compile can make an operand only in arithmetic
+            for s in rule.strengths
+        ]
+        rows.append(torch.stack(row + [0 * one] * (width - len(row))))
+    return torch.stack(rows)
+
+
+def unstack_strengths(names: Sequence[str], strengths: Tensor) -> list[tuple[Tensor, ...]]:
+    """Each rule's strengths, as 0-dim tensors."""
+    return [
+        tuple(row[k] for k in range(len(PENALTIES[name].parameters)))
+        for name, row in zip(names, strengths, strict=True)
+    ]
+
+
+def _rules(names: Sequence[str], strengths: Tensor) -> list[Penalty]:
+    return [
+        PENALTIES[name](*own)
+        for name, own in zip(names, unstack_strengths(names, strengths), strict=True)
+    ]
+
+
+@torch.library.custom_op("pyreg::value", mutates_args=(), schema=f"({_OPERANDS}) -> Tensor")
+def value_op(tensors, strengths, penalties, rule_of):
+    packs = packs_for(tensors, tuple(penalties), rule_of)
+    return sweeps.value(packs, tensors, _rules(penalties, strengths), label)
+
+
+@value_op.register_fake
+def _(tensors, strengths, penalties, rule_of):
+    wide = any(t.dtype == torch.float64 for t in tensors)
+    return tensors[0].new_empty((), dtype=torch.float64 if wide else torch.float32)
+
+
+@torch.library.custom_op(
+    "pyreg::gradient", mutates_args=(), schema=f"(Tensor grad_output, {_OPERANDS}) -> Tensor[]"
+)
+def gradient_op(grad_output, tensors, strengths, penalties, rule_of):
+    packs = packs_for(tensors, tuple(penalties), rule_of)
+    rules = _rules(penalties, strengths)
+    grads = [torch.empty_like(t) for t in tensors]
+
+    def sweep(current: list[Pack]) -> None:
+        for pack in current:
+            rows = pack.take(tensors)
+            choose(pack).backend.gradient(pack, rows, pack.take(grads), rules, grad_output)
+
+    packs.run(sweep, tensors, label)
+    return grads
+
+
+@gradient_op.register_fake
+def _(grad_output, tensors, strengths, penalties, rule_of):
+    return [torch.empty_like(t) for t in tensors]
+
+
+@torch.library.custom_op(
+    "pyreg::strength_gradient",
+    mutates_args=(),
+    schema=f"(Tensor grad_output, {_OPERANDS}) -> Tensor",
+)
+def strength_gradient_op(grad_output, tensors, strengths, penalties, rule_of):
+    with torch.enable_grad():
+        leaf = strengths.detach().requires_grad_()
+        own = unstack_strengths(penalties, leaf)
+        terms = [
+            reference.FORMULAS[penalties[r]].value(t.detach(), *own[r])
+            for r, t in zip(rule_of, tensors, strict=True)
+        ]
+        total = torch.stack([t.to(leaf) for t in terms]).sum()
+        (gradient,) = torch.autograd.grad(total, leaf)
+    return gradient * grad_output
+
+
+@strength_gradient_op.register_fake
+def _(grad_output, tensors, strengths, penalties, rule_of):
+    return torch.empty_like(strengths)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    tensors, strengths, ctx.penalties, ctx.rule_of = inputs
+    ctx.save_for_backward(strengths, *tensors)
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple:
+    strengths, *tensors = ctx.saved_tensors
+    operands = (grad_output, tensors, strengths, ctx.penalties, ctx.rule_of)
+    grads = torch.ops.pyreg.gradient(*operands)
+    by_strength = None
+    if ctx.needs_input_grad[1]:
+        by_strength = torch.ops.pyreg.strength_gradient(*operands)
+    return grads, by_strength, None, None
+
+
+value_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,273 @@
+"""Tensors -> packs: what is laid out for one sweep. Input errors about tensors are raised here.
+
+A pack holds no pointers and no tensors, only what the tensors were. Each sweep shows the tensors
+anew, the backend compares them with the pack, and `StaleLayout` makes the packs be built again
+before anything is written. So `p.data = ...`, `module.to(...)` or a freed tensor can never leave a
+stale pointer behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
+
+Params = nn.Module | Tensor | Mapping[str, Tensor] | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
+Label = Callable[[int], str]
+
+SWEPT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class StaleLayout(RuntimeError):
+    """A tensor is no longer what its pack recorded. Raised by backends, answered by a rebuild."""
+
+
+class GradientMismatch(RuntimeError):
+    """A tensor's .grad cannot be its gradient; `check_gradient` says which and why."""
+
+
+def collect(params: Params) -> tuple[list[Tensor], Label]:
+    """The tensors of `params`, and what to call the i-th one in an error.
+
+    Args:
+        params: a module, a tensor, a mapping or an iterable of (name, tensor) pairs, or an iterable
+            of tensors.
+    """
+    if isinstance(params, nn.Module):
+        module = params
+        return list(module.parameters()), lambda i: label(i, list(module.named_parameters())[i][0])
+    if isinstance(params, Tensor):
+        return [params], label
+    if isinstance(params, str | bytes):
+        raise TypeError(f"params: expected a module or an iterable of tensors, got {params!r}")
+    try:
+        items = list(params.items() if isinstance(params, Mapping) else params)
+    except TypeError:
+        got = type(params).__name__
+        raise TypeError(f"params: expected a module or an iterable of tensors, got {got}") from None
+    if items and isinstance(items[0], tuple):
+        for i, item in enumerate(items):
+            if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)):
+                got = type(item).__name__
+                raise TypeError(f"params[{i}]: expected a (name, tensor) pair, got {got}")
+        return [t for _, t in items], lambda i: label(i, items[i][0])
+    return items, label
+
+
+def label(i: int, name: str | None = None) -> str:
+    """How errors name the i-th parameter."""
+    return f"params[{i}]" if name is None else f"params[{i}] ({name!r})"
+
+
+def describe(t: Tensor) -> str:
+    return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
+
+
+def check(t: Any, name: str) -> None:
+    """Raise TypeError or ValueError, naming the parameter, unless `t` can be penalised."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: expected a floating tensor, got {type(t).__name__}")
+    if isinstance(t, UninitializedTensorMixin):
+        raise ValueError(f"{name}: is not initialized yet; run the module once first")
+    if t.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {t.layout} {list(t.shape)}")
+    if t.is_quantized or not t.is_floating_point():
+        raise TypeError(f"{name}: expected a floating tensor, got {describe(t)}")
+    if t.dtype not in SWEPT_DTYPES:
+        swept = ", ".join(str(d).removeprefix("torch.") for d in SWEPT_DTYPES)
+        raise TypeError(f"{name}: expected one of {swept}, got {describe(t)}")
+    if not has_own_dispatch(t) and t.device.type != "meta" and t.numel() and not has_memory(t):
+        raise ValueError(f"{name}: {describe(t)} has no memory (its storage was freed or sharded)")
+
+
+def has_own_dispatch(t: Tensor) -> bool:
+    """Whether `t` is a wrapper (DTensor, a fake tensor, ...) whose memory is not its own."""
+    return type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def has_memory(t: Tensor) -> bool:
+    last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    return t.untyped_storage().nbytes() >= (t.storage_offset() + last + 1) * t.element_size()
+
+
+def is_dense(t: Tensor) -> bool:
+    """Whether the elements fill a block of memory once: any permutation of a contiguous tensor."""
+    if t.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted((s, n) for n, s in zip(t.shape, t.stride(), strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def irregular(t: Tensor) -> str | None:
+    """Why a native sweep cannot walk `t` in storage order, or None if it can."""
+    if has_own_dispatch(t):
+        return f"is a {type(t).__name__}, which has no memory of its own"
+    if t.device.type == "meta":
+        return "is on the meta device"
+    if t.is_neg():
+        return "is a lazily negated view"
+    if not is_dense(t):
+        return f"is not dense: shape {list(t.shape)}, strides {list(t.stride())}"
+    return None
+
+
+def check_writable(t: Tensor, name: str) -> None:
+    """Raise unless each element of `t` has a place of its own in memory."""
+    if any(stride == 0 and size > 1 for size, stride in zip(t.shape, t.stride(), strict=True)):
+        raise ValueError(
+            f"{name} is expanded, shape {list(t.shape)}, strides {list(t.stride())}: "
+            "several elements share one place, so it cannot be changed in place"
+        )
+
+
+def check_gradient(grad: Tensor, t: Tensor, name: str) -> None:
+    """Raise unless `grad` can be the gradient of `t`."""
+    if grad.layout != torch.strided:
+        raise TypeError(f"{name}: its gradient has layout {grad.layout}, expected a dense one")
+    check_writable(grad, f"{name}: its gradient")
+    if grad.shape != t.shape or grad.dtype != t.dtype or grad.device != t.device:
+        raise ValueError(
+            f"{name}: {describe(t)} on {t.device} has a gradient {describe(grad)} on {grad.device}"
+        )
+
+
+@dataclass(eq=False)
+class Pack:
+    """The tensors of one device and one kind (regular or not), laid out for a sweep."""
+
+    device: torch.device
+    rows: list[int]  # positions in the caller's list
+    rule_of: list[int]  # [rows] index of each row's rule
+    penalties: tuple[str, ...]  # [rules] each rule's penalty, by name
+    geometry: list[tuple[torch.dtype, torch.Size, tuple[int, ...]]]  # [rows] dtype, shape, strides
+    irregular: str | None  # why only the torch backend can serve; None if the rows are regular
+    layouts: dict[str, Any] = field(default_factory=dict)  # what each backend keeps for the pack
+
+    def take(self, items: Sequence[Any]) -> list[Any]:
+        """This pack's part of a list that runs beside the tensors."""
+        if isinstance(items, list) and len(items) == len(self.rows):
+            return items
+        return [items[i] for i in self.rows]
+
+    def check_rows(self, tensors: Sequence[Tensor]) -> None:
+        """Raise StaleLayout unless the rows are what they were."""
+        now = [(t.dtype, t.shape, t.stride()) for t in tensors]
+        if now != self.geometry or any(t.device != self.device for t in tensors):
+            raise StaleLayout
+
+    @cached_property
+    def _places(self) -> tuple[int, list[tuple[torch.dtype, torch.Size, tuple[int, ...], int]]]:
+        """(bytes in all, [(dtype, shape, strides, offset in elements)]) of a flat buffer."""
+        places, size = [], 0
+        for dtype, shape, strides in self.geometry:
+            places.append((dtype, shape, strides, size // dtype.itemsize))
+            size += -(-shape.numel() * dtype.itemsize // 64) * 64
+        return size, places
+
+    def flat_gradient(self) -> list[Tensor]:
+        """A tensor per row, uninitialized, with the row's shape and strides: views of one buffer.
+
+        Each begins at a multiple of 64 bytes.
+        """
+        size, places = self._places
+        buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
+        view = {dtype: buffer.view(dtype).as_strided for dtype in {place[0] for place in places}}
+        return [view[dtype](shape, strides, at) for dtype, shape, strides, at in places]
+
+
+def build(
+    tensors: Sequence[Tensor], label: Label, rule_of: Sequence[int], penalties: tuple[str, ...]
+) -> list[Pack]:
+    """Check every tensor and group them: by device in order of appearance, regular ones first.
+
+    Raises:
+        TypeError, ValueError: a tensor that cannot be penalised, by name.
+    """
+    packs: dict[tuple[torch.device, bool], Pack] = {}
+    for i, t in enumerate(tensors):
+        if type(t) not in (Tensor, nn.Parameter) or not _plainly_fine(t):
+            check(t, label(i))
+        reason = irregular(t)
+        key = (t.device, reason is not None)
+        pack = packs.get(key)
+        if pack is None:
+            why = None if reason is None else f"{label(i)} {reason}"
+            pack = packs[key] = Pack(t.device, [], [], penalties, [], why)
+        pack.rows.append(i)
+        pack.rule_of.append(rule_of[i])
+        pack.geometry.append((t.dtype, t.shape, t.stride()))
+    devices = list(dict.fromkeys(device for device, _ in packs))
+    return sorted(packs.values(), key=lambda p: (devices.index(p.device), p.irregular is not None))
+
+
+def _plainly_fine(t: Tensor) -> bool:
+    """The common case of `check`, quickly."""
+    return (
+        t.dtype in SWEPT_DTYPES
+        and t.layout == torch.strided
+        and t.device.type in ("cpu", "cuda")
+        and (t.data_ptr() != 0 or t.numel() == 0)
+        and t.is_contiguous()
+    )
+
+
+class Packs:
+    """The packs of one list of tensors: built at the first sweep, again when a tensor changed."""
+
+    def __init__(self, penalties: tuple[str, ...], rule_of: Sequence[int]) -> None:
+        self.penalties = penalties
+        self.rule_of = rule_of
+        self._packs: list[Pack] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: built packs hold native objects, and are built again instead."""
+        return {**self.__dict__, "_packs": None}
+
+    def current(self, tensors: Sequence[Tensor], label: Label) -> list[Pack]:
+        """The packs of `tensors`, as they were at the last look."""
+        if self._packs is None:
+            self._packs = build(tensors, label, self.rule_of, self.penalties)
+            wide = any(dtype == torch.float64 for p in self._packs for dtype, *_ in p.geometry)
+            self.value_dtype = torch.float64 if wide else torch.float32
+        return self._packs
+
+    def run(
+        self, sweep: Callable[[list[Pack]], Any], tensors: Sequence[Tensor], label: Label
+    ) -> Any:
+        """sweep(packs), and once more with fresh packs if it raises StaleLayout."""
+        try:
+            return sweep(self.current(tensors, label))
+        except StaleLayout:
+            self._packs = None
+            return sweep(self.current(tensors, label))
+
+
+_RECENT = 64  # lists of tensors whose packs are kept
+
+
+def packs_for(
+    tensors: Sequence[Tensor], penalties: tuple[str, ...], rule_of: Sequence[int]
+) -> Packs:
+    """The packs that the last call with these very tensors built, or new ones.
+
+    Found by identity. An identity that a new tensor took over does no harm, since every sweep
+    compares the tensors with the packs; so nothing is kept alive here but sizes.
+    """
+    key = (tuple(map(id, tensors)), penalties, tuple(rule_of))
+    packs = _recent.pop(key, None) or Packs(penalties, rule_of)
+    _recent[key] = packs  # newest last
+    while len(_recent) > _RECENT:
+        _recent.pop(next(iter(_recent)), None)
+    return packs
+
+
+_recent: dict[tuple, Packs] = {}

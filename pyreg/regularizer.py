@@ -1,0 +1,238 @@
+"""A regularizer: which penalty applies to which parameters of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
+
+import torch
+from torch import Tensor, nn
+
+from . import autograd, ops, sweeps
+from .coverage import Coverage, Covered, resolve
+from .dispatch import choose
+from .pack import Packs, check, label
+from .penalties import Penalty, check_scale, check_strength
+from .stats import Stats
+
+_requires_grad = attrgetter("requires_grad")
+
+
+class _Group:
+    """Some of the covered parameters, with the packs of their sweeps."""
+
+    def __init__(self, covered: Sequence[Covered], patterns: Sequence[str], kinds: Sequence[str]):
+        self.names = [row.name for row in covered]
+        self.tensors = [row.tensor for row in covered]
+        self.packs = Packs(tuple(kinds), [patterns.index(row.rule) for row in covered])
+
+    def label(self, i: int) -> str:
+        return label(i, self.names[i])
+
+
+class Regularizer:
+    """sum over rules of Omega_rule(the parameters that it matches)
+
+    A parameter belongs to the first rule whose pattern matches it; `exclude` comes before all
+    rules. A parameter with several names (tied weights) counts once: it is excluded if any of its
+    names is, and else belongs to the first rule that matches any of them. Frozen parameters
+    (`requires_grad=False` at the time of a call) are left alone unless `include_frozen`.
+
+    Parameters may be moved, cast or replaced between calls (`module.to(...)`, `p.data = ...`, a new
+    `nn.Parameter`, `nn.utils.parametrize`); the next call sees it. A parameter that is *added* to
+    the module is seen only by a new Regularizer.
+
+    Args:
+        model: a module, a mapping, or an iterable of (name, tensor) pairs.
+        rules: {pattern: penalty}, tried in order, or one penalty for everything. Patterns are
+            shell globs on the full name, case sensitive: `*` also crosses dots.
+        exclude: patterns of parameters to leave out.
+        include_frozen: penalise frozen parameters too.
+        strict: raise if a pattern matches nothing; False only reports it.
+
+    Raises:
+        ValueError: a pattern matches nothing, nothing is left to penalise, or (naming it) a
+            parameter's memory is gone.
+        TypeError: (naming it) a covered parameter cannot be penalised.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+        rules: Mapping[str, Penalty] | Penalty,
+        *,
+        exclude: Sequence[str] = (),
+        include_frozen: bool = False,
+        strict: bool = True,
+    ) -> None:
+        self.rules = {"*": rules} if isinstance(rules, Penalty) else dict(rules)
+        for pattern, penalty in self.rules.items():
+            if not isinstance(penalty, Penalty):
+                raise TypeError(f"rules[{pattern!r}]: expected a penalty, got {penalty!r}")
+        self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        self.include_frozen = include_frozen
+        self.strict = strict
+        self._penalties = tuple(self.rules.values())
+        self._model = model if isinstance(model, nn.Module) else None
+        self._pairs = [] if self._model is not None else _pairs(model)
+        self._resolve()
+
+    def __call__(self) -> Tensor:
+        """sum over rules of Omega, differentiable in the parameters and in tensor strengths.
+
+        Returns:
+            0-dim, on the first penalised parameter's device, float32 (float64 when any of them is);
+            0 when all of them are frozen.
+        """
+        if torch.compiler.is_compiling():
+            return self._traced()
+        group = self._active()
+        if not group.tensors:
+            return self._zero()
+        return autograd.value(group.packs, group.tensors, self._penalties, group.label)
+
+    def accumulate_(self, scale: float | Tensor = 1.0, *, create_grads: bool = False) -> Tensor:
+        """p.grad += scale * gradient of the penalty, in one launch; returns the value.
+
+        Reads 2 N, writes N, and allocates next to nothing. It takes the place of a penalty in the
+        loss: call it after the last `backward()` of a step and before `optimizer.step()`, once per
+        step whatever the number of micro-batches. A parameter without a gradient keeps none, and
+        still counts in the value.
+
+        Args:
+            scale: a finite factor on the gradient, not on the value (a loss scale, say).
+            create_grads: first give a zero gradient to each parameter without one.
+
+        Returns:
+            The value, as from calling the regularizer, detached.
+
+        Raises:
+            RuntimeError: no parameter at all has a gradient, so that nothing was added.
+            TypeError, ValueError: a scale that is not a finite number; a gradient that cannot be
+                its parameter's, by name. Nothing was written then.
+        """
+        check_scale(scale)
+        group = self._active()
+        if not group.tensors:
+            return self._zero()
+        if create_grads:
+            for t in group.tensors:
+                if t.grad is None:
+                    t.grad = torch.zeros_like(t)
+        value, present = sweeps.accumulate(
+            group.packs, group.tensors, self._penalties, scale, group.label
+        )
+        if present == 0:
+            raise RuntimeError(
+                "accumulate_: no penalised parameter has a gradient; call it after backward(), or "
+                "pass create_grads=True"
+            )
+        return value
+
+    def prox_(self, step: float | Tensor) -> None:
+        """w = argmin_u Omega(u) + (u - w)^2 / (2 step), in place, in one launch.
+
+        Reads N, writes N. After `optimizer.step()` of plain SGD on the loss alone, with step = the
+        learning rate, this is proximal gradient descent. For L1 it makes exact zeros.
+
+        Args:
+            step: a finite number >= 0, or a 0-dim tensor of that.
+
+        Raises:
+            ValueError: the step is negative or not finite, or (naming it) a parameter is expanded
+                and cannot be changed in place; nothing was written then.
+        """
+        check_strength("step", step)
+        group = self._active()
+        if group.tensors:
+            sweeps.prox(group.packs, group.tensors, self._penalties, step, group.label)
+
+    def stats(self) -> Stats:
+        """sum |w|, sum w^2, max |w|, zeros and non-finite elements of every covered parameter.
+
+        One launch; reads N. Frozen parameters are included.
+        """
+        self._refresh()
+        group = self._covered
+        table = sweeps.stats(group.packs, group.tensors, group.label)
+        return Stats(list(group.names), [t.numel() for t in group.tensors], table)
+
+    def report(self) -> Coverage:
+        """Every parameter of the model: its rule or why it has none, aliases, sweeps; as data."""
+        self._refresh()
+        group = self._covered
+        lines = []
+        for pack in group.packs.current(group.tensors, group.label):
+            backend, reason = choose(pack)
+            because = f" ({reason})" if reason else ""
+            lines.append(f"{len(pack.rows)} tensors on {pack.device}: {backend.name}{because}")
+        return Coverage(self._coverage.rows, self._coverage.unmatched, lines)
+
+    def __repr__(self) -> str:
+        return str(self.report())
+
+    def _resolve(self) -> None:
+        """Apply the rules to the parameters that the model has now."""
+        named = self._pairs
+        if self._model is not None:
+            named = list(self._model.named_parameters(remove_duplicate=False))
+        self._coverage = resolve(named, self.rules, self.exclude, self.strict)
+        covered = self._coverage.penalised
+        for i, row in enumerate(covered):
+            check(row.tensor, label(i, row.name))
+        self._covered = self._group(covered)
+        self._active_flags: list[bool] = []
+        self._slots = []
+        if self._model is not None:
+            for row in covered:
+                for name in (row.name, *row.aliases):
+                    path, _, key = name.rpartition(".")
+                    module = self._model.get_submodule(path)
+                    self._slots.append((module._parameters, key, row.tensor))
+
+    def _group(self, covered: Sequence[Covered]) -> _Group:
+        return _Group(covered, list(self.rules), [penalty.name for penalty in self._penalties])
+
+    def _refresh(self) -> None:
+        """Resolve again if the module holds other parameters by now."""
+        for slot, key, tensor in self._slots:
+            if slot.get(key) is not tensor:
+                self._resolve()
+                return
+
+    def _active(self) -> _Group:
+        """The covered parameters that are not frozen now."""
+        self._refresh()
+        if self.include_frozen:
+            return self._covered
+        flags = list(map(_requires_grad, self._covered.tensors))
+        if flags != self._active_flags:
+            covered = self._coverage.penalised
+            chosen = [row for row, flag in zip(covered, flags, strict=True) if flag]
+            self._active_group = self._covered if all(flags) else self._group(chosen)
+            self._active_flags = flags
+        return self._active_group
+
+    def _traced(self) -> Tensor:
+        """The value while torch.compile traces: no caches, no look at the module."""
+        group = self._covered
+        active = [i for i, t in enumerate(group.tensors) if self.include_frozen or t.requires_grad]
+        if not active:
+            return self._zero()
+        rule_of = group.packs.rule_of
+        return ops.value(
+            [group.tensors[i] for i in active], self._penalties, [rule_of[i] for i in active]
+        )
+
+    def _zero(self) -> Tensor:
+        t = self._covered.tensors[0]
+        return torch.zeros((), dtype=torch.float32, device=t.device)
+
+
+def _pairs(model: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    pairs = list(model.items() if isinstance(model, Mapping) else model)
+    for i, pair in enumerate(pairs):
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
+            got = type(pair).__name__
+            raise TypeError(f"model: item {i}: expected a (name, tensor) pair, got {got}")
+    return pairs

@@ -1,0 +1,118 @@
+"""The sweeps over all packs of a list of tensors. All is checked before anything is written.
+
+`rules` are penalties in the order of `packs.penalties`; a value is 0-dim, on the first pack's
+device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dispatch import choose
+from .pack import GradientMismatch, Label, Pack, Packs, check_gradient, check_writable
+from .penalties import Penalty
+
+
+def _prepare(
+    packs: list[Pack], tensors: Sequence[Tensor], check_gradients: Callable[[], None] | None = None
+) -> list[tuple[Pack, Any, list[Tensor]]]:
+    """[(pack, its backend, its tensors)], checked.
+
+    A lone pack of a native backend checks itself, in the sweep and before it writes; several must
+    all be checked before the first one writes.
+    """
+    chosen = [(pack, choose(pack).backend, pack.take(tensors)) for pack in packs]
+    if len(chosen) > 1 or any(backend.name == "torch" for _, backend, _ in chosen):
+        for pack, backend, rows in chosen:
+            backend.check(pack, rows)
+        if check_gradients is not None:
+            check_gradients()
+    return chosen
+
+
+def add_values(values: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The sum on the first value's device."""
+    total = values[0]
+    for value in values[1:]:
+        total = total + value.to(total.device)
+    return total.to(dtype)
+
+
+def value(packs: Packs, tensors: list[Tensor], rules: Sequence[Penalty], label: Label) -> Tensor:
+    """Omega, without a graph. Reads N."""
+
+    def sweep(current: list[Pack]) -> Tensor:
+        chosen = _prepare(current, tensors)
+        return add_values(
+            [backend.value(pack, rows, rules)[0] for pack, backend, rows in chosen],
+            packs.value_dtype,
+        )
+
+    return packs.run(sweep, tensors, label)
+
+
+def accumulate(
+    packs: Packs,
+    tensors: list[Tensor],
+    rules: Sequence[Penalty],
+    scale: float | Tensor,
+    label: Label,
+) -> tuple[Tensor, int]:
+    """.grad += scale * gradient where there is a .grad. Reads 2 N, writes N.
+
+    Returns the value, and how many gradients there were.
+    """
+
+    def check_gradients() -> None:
+        for i, t in enumerate(tensors):
+            if t.grad is not None:
+                check_gradient(t.grad, t, label(i))
+
+    def sweep(current: list[Pack]) -> tuple[Tensor, int]:
+        chosen = _prepare(current, tensors, check_gradients)
+        done = [backend.accumulate(pack, rows, rules, scale) for pack, backend, rows in chosen]
+        total = add_values([value for value, _ in done], packs.value_dtype)
+        return total, sum(present for _, present in done)
+
+    try:
+        return packs.run(sweep, tensors, label)
+    except GradientMismatch:
+        check_gradients()
+        raise
+
+
+def prox(
+    packs: Packs,
+    tensors: list[Tensor],
+    rules: Sequence[Penalty],
+    step: float | Tensor,
+    label: Label,
+) -> None:
+    """w = prox(w, step), in place. Reads N, writes N."""
+
+    def sweep(current: list[Pack]) -> None:
+        chosen = _prepare(current, tensors)
+        for pack, _, rows in chosen:
+            if pack.irregular is not None:
+                for i, t in zip(pack.rows, rows, strict=True):
+                    check_writable(t, label(i))
+        for pack, backend, rows in chosen:
+            backend.prox(pack, rows, rules, step)
+
+    packs.run(sweep, tensors, label)
+
+
+def stats(packs: Packs, tensors: list[Tensor], label: Label) -> Tensor:
+    """[tensors, 5] float64, the columns of `reference.stats`. Reads N."""
+
+    def sweep(current: list[Pack]) -> Tensor:
+        out = torch.empty(len(tensors), 5, dtype=torch.float64)
+        for pack, backend, rows in _prepare(current, tensors):
+            out[pack.rows] = backend.stats(pack, rows).cpu()
+        return out
+
+    return packs.run(sweep, tensors, label)
