@@ -90,10 +90,10 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        _, strengths = ctx.saved_tensors
         call, rows, wanted = ctx.call, list(ctx.rows), ctx.wanted
         if (now := _versions(rows, wanted)) != ctx.versions:
             raise RuntimeError(_modified(call, now, ctx.versions))
+        _, strengths = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
             return (None, *_differentiable_gradient(ctx, grad_output, strengths, rows))
         grads = call.pack.flat_gradient()

@@ -24,19 +24,21 @@ constexpr int kLanes = 256;
 constexpr int kDepth = kChunk / kLanes;
 static_assert(kDepth == 16, "the error bound above assumes it");
 
-// The lanes in double: kLanes -> 16 -> 1, always in this order.
+// The first `used` lanes (a multiple of 16; the others are zero) in double: 16 strided sums, then
+// one, always in this order.
 template <class C>
-PYREG_FN double reduce(const C* lanes) {
+PYREG_FN double reduce(const C* lanes, int used) {
   double d[16];
   for (int j = 0; j < 16; ++j) d[j] = static_cast<double>(lanes[j]);
-  for (int i = 16; i < kLanes; i += 16)
+  for (int i = 16; i < used; i += 16)
     for (int j = 0; j < 16; ++j) d[j] += static_cast<double>(lanes[i + j]);
   for (int half = 8; half > 0; half /= 2)
     for (int j = 0; j < half; ++j) d[j] += d[j + half];
   return d[0];
 }
 
-// Asks for the row that comes kAhead bytes later: the hardware's own prefetch stops at pages.
+// Asks for the row that comes kAhead bytes later: the hardware's own prefetch stops at pages. Worth
+// 5 to 10 % in `accumulate`.
 constexpr int kAhead = 1024;
 template <int write = 0, class T>
 PYREG_FN void prefetch(const T* row) {
@@ -46,6 +48,9 @@ PYREG_FN void prefetch(const T* row) {
 }
 
 PYREG_FN int at_most(int64_t n, int64_t limit) { return static_cast<int>(n < limit ? n : limit); }
+
+// How many lanes n elements touch, in whole groups of 16. (Small tensors are many.)
+PYREG_FN int lanes_used(int64_t n) { return at_most((n + 15) / 16 * 16, kLanes); }
 
 template <class C>
 struct Strengths {
@@ -59,15 +64,21 @@ struct Strengths {
 // does not vectorize.)
 template <class P, class C>
 struct Lanes {
-  C first[kLanes] = {}, second[P::kSums > 1 ? kLanes : 1] = {};
+  C first[kLanes], second[P::kSums > 1 ? kLanes : 1];
+  int used;
 
+  PYREG_FN explicit Lanes(int64_t elements) : used(lanes_used(elements)) {
+    for (int j = 0; j < used; ++j) first[j] = C(0);
+    if constexpr (P::kSums > 1)
+      for (int j = 0; j < used; ++j) second[j] = C(0);
+  }
   PYREG_FN void add(int j, C x, const C* c) {
     first[j] = P::template add<0>(first[j], x, c);
     if constexpr (P::kSums > 1) second[j] = P::template add<1>(second[j], x, c);
   }
   PYREG_FN void flush(double* sums) const {
-    sums[0] += reduce(first);
-    if constexpr (P::kSums > 1) sums[1] += reduce(second);
+    sums[0] += reduce(first, used);
+    if constexpr (P::kSums > 1) sums[1] += reduce(second, used);
   }
 };
 
@@ -79,10 +90,10 @@ void value(const void* w_, int64_t n, const double* strengths, double* sums) {
   C buffer[kLanes];
   for (int64_t chunk = 0; chunk < n; chunk += kChunk) {
     const int64_t end = chunk + at_most(n - chunk, kChunk);
-    Lanes<P, C> lanes;
+    Lanes<P, C> lanes(end - chunk);
     for (int64_t i = chunk; i < end; i += kLanes) {
       const int m = at_most(end - i, kLanes);
-      prefetch(w + i);
+      if (n - i > kLanes) prefetch(w + i);
       const C* x = widen(w + i, m, buffer);
 #pragma omp simd
       for (int j = 0; j < m; ++j) lanes.add(j, x[j], s.c);
@@ -120,11 +131,13 @@ void accumulate(const void* w_, void* g_, int64_t n, const double* strengths, do
   C w_buffer[kLanes], g_buffer[kLanes], result[kLanes];
   for (int64_t chunk = 0; chunk < n; chunk += kChunk) {
     const int64_t end = chunk + at_most(n - chunk, kChunk);
-    Lanes<P, C> lanes;
+    Lanes<P, C> lanes(end - chunk);
     for (int64_t i = chunk; i < end; i += kLanes) {
       const int m = at_most(end - i, kLanes);
-      prefetch(w + i);
-      prefetch<1>(g + i);
+      if (n - i > kLanes) {
+        prefetch(w + i);
+        prefetch<1>(g + i);
+      }
       const C* x = widen(w + i, m, w_buffer);
       const C* old = widen(g + i, m, g_buffer);
       C* y = target(g + i, result);
@@ -168,25 +181,31 @@ void stats(const void* w_, int64_t n, Stats* stats) {
     int32_t zeros[kLanes] = {}, non_finite[kLanes] = {};
     for (int64_t i = chunk; i < end; i += kLanes) {
       const int m = at_most(end - i, kLanes);
+      if (n - i > kLanes) prefetch(w + i);
       const C* x = widen(w + i, m, buffer);
 #pragma omp simd
       for (int j = 0; j < m; ++j) {
         const C a = absolute(x[j]);
         l1[j] += a;
         l2[j] = mul_add(a, a, l2[j]);
-        top[j] = a <= top[j] || top[j] != top[j] ? top[j] : a;  // NaN enters and stays
+        top[j] = a > top[j] ? a : top[j];  // passes over NaN, which l1 keeps
         zeros[j] += a == C(0);
         non_finite[j] += !(a < kInfinity);
       }
     }
-    stats->l1 += reduce(l1);
-    stats->l2_squared += reduce(l2);
+    stats->l1 += reduce(l1, kLanes);
+    stats->l2_squared += reduce(l2, kLanes);
+    C highest = 0;
+    int32_t zero = 0, not_finite = 0;
+#pragma omp simd reduction(max : highest) reduction(+ : zero, not_finite)
     for (int j = 0; j < kLanes; ++j) {
-      const double a = static_cast<double>(top[j]);
-      if (!(a <= stats->max_abs || stats->max_abs != stats->max_abs)) stats->max_abs = a;
-      stats->zeros += zeros[j];
-      stats->non_finite += non_finite[j];
+      highest = top[j] > highest ? top[j] : highest;
+      zero += zeros[j];
+      not_finite += non_finite[j];
     }
+    if (highest > stats->max_abs) stats->max_abs = static_cast<double>(highest);
+    stats->zeros += zero;
+    stats->non_finite += not_finite;
   }
 }
 

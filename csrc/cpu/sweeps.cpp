@@ -221,11 +221,11 @@ void stats(const Table& table, const void* const* w, Stats* stats, int threads) 
       const Stats& part = partials[s];
       total.l1 += part.l1;
       total.l2_squared += part.l2_squared;
-      if (!(part.max_abs <= total.max_abs || total.max_abs != total.max_abs))
-        total.max_abs = part.max_abs;
+      total.max_abs = std::max(total.max_abs, part.max_abs);
       total.zeros += part.zeros;
       total.non_finite += part.non_finite;
     }
+    if (total.l1 != total.l1) total.max_abs = total.l1;  // a NaN among the elements
     stats[row] = total;
   }
 }
