@@ -13,6 +13,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "cpu", "none")
@@ -22,7 +23,7 @@ if MODE not in MODES:
 
 
 class CMakeBuild(build_ext):
-    """One extension, built by CMake. In auto mode a failure leaves the pure package."""
+    """One extension, built by CMake. In auto mode it is optional: without it, a pure package."""
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -30,9 +31,7 @@ class CMakeBuild(build_ext):
         try:
             self._cmake(target.parent)
         except (OSError, subprocess.CalledProcessError) as error:
-            if MODE != "auto":
-                raise
-            self.warn(f"pyreg: no native library ({error}); installing the pure package")
+            raise CompileError(f"pyreg's native library was not built: {error}") from error
 
     def _cmake(self, into: Path) -> None:
         import pybind11
@@ -52,8 +51,10 @@ class CMakeBuild(build_ext):
         return [path for path in super().get_outputs() if Path(path).exists()]
 
 
+NATIVE = Extension("pyreg._native", sources=[], optional=MODE == "auto")
+
 setup(
     packages=find_packages(include=["pyreg", "pyreg.*"]),
-    ext_modules=[] if MODE == "none" else [Extension("pyreg._native", sources=[])],
+    ext_modules=[] if MODE == "none" else [NATIVE],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -80,11 +80,12 @@ class _Value(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, strengths: Tensor | None, *rows: Tensor) -> Tensor:
         value, sums = call.backend.value(call.pack, list(rows), call.rules)
         ctx.call, ctx.sums = call, sums
-        # Saving thousands of tensors costs milliseconds. Autograd keeps one, which answers for the
-        # graph being freed; the rest are held here, and their versions compared in backward.
-        ctx.save_for_backward(rows[0], strengths)
         ctx.rows = rows
         ctx.wanted = ctx.needs_input_grad[2:]
+        # Saving thousands of tensors costs milliseconds. Autograd keeps one, which answers for the
+        # graph being freed; the rest are held here, and their versions compared in backward.
+        anchor = next((t for t, wanted in zip(rows, ctx.wanted, strict=True) if wanted), None)
+        ctx.save_for_backward(anchor, strengths)
         ctx.versions = _versions(rows, ctx.wanted)
         return value
 

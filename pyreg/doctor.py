@@ -62,24 +62,18 @@ def _asked_for() -> str:
 
 
 def _how_to_build() -> list[str]:
-    compiler = next(
-        (
-            found
-            for name in (os.environ.get("CXX"), "c++", "g++", "clang++")
-            if name and (found := shutil.which(name))
-        ),
-        None,
-    )
-    lines = ["Without the native library, sweeps run tensor by tensor on the torch backend."]
+    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    compiler = next(filter(None, (shutil.which(name) for name in names if name)), None)
     if compiler is None:
-        lines.append(
+        missing = (
             "No C++ compiler was found. Install one (Debian, Ubuntu: apt install g++; Fedora: dnf "
-            "install gcc-c++; macOS: xcode-select --install; conda: conda install cxx-compiler),"
+            "install gcc-c++; macOS: xcode-select --install; conda: conda install cxx-compiler)."
         )
-        lines.append("then reinstall pyreg:")
     else:
-        lines.append(f"A C++ compiler is here ({compiler}). Reinstall pyreg and see what it says:")
-    lines.append(
-        f"    PYREG_BUILD=cpu {sys.executable} -m pip install --force-reinstall --no-deps -v pyreg"
-    )
-    return lines
+        missing = f"A C++ compiler is here: {compiler}."
+    return [
+        "Without the native library, sweeps run tensor by tensor on the torch backend.",
+        missing,
+        "Then, in pyreg's source folder, build again and see what it says:",
+        f"    PYREG_BUILD=cpu {sys.executable} -m pip install --force-reinstall --no-deps -v .",
+    ]
