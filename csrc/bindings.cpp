@@ -25,7 +25,7 @@ struct StaleLayout : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// A gradient that cannot belong to its tensor: another shape, dtype or device.
+// A gradient that cannot be its tensor's: another shape, dtype or device, expanded, without memory.
 struct GradientMismatch : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -143,7 +143,8 @@ class Layout {
   struct Recorded {
     DType dtype;
     int ndim;
-    size_t offset;
+    size_t geometry;
+    uintptr_t storage_offset;  // bytes: where the tensor would lie if its storage were freed
   };
 
   Table make(const py::list& tensors, const std::vector<int>& rule_of,
@@ -157,7 +158,10 @@ class Layout {
       const TensorView view = reader.read(PyList_GET_ITEM(tensors.ptr(), i));
       if (view.device_type != 1 || !view.dtype)
         throw py::value_error("row " + std::to_string(i) + ": not a CPU tensor of a swept dtype");
-      recorded_.push_back({*view.dtype, view.ndim, geometry_.size()});
+      const auto offset =
+          py::handle(PyList_GET_ITEM(tensors.ptr(), i)).attr("storage_offset")().cast<int64_t>();
+      recorded_.push_back({*view.dtype, view.ndim, geometry_.size(),
+                           static_cast<uintptr_t>(offset * item_size(*view.dtype))});
       geometry_.insert(geometry_.end(), view.shape, view.shape + view.ndim);
       geometry_.insert(geometry_.end(), view.strides, view.strides + view.ndim);
       rows.push_back({view.numel(), *view.dtype, rule_of[i]});
@@ -170,11 +174,11 @@ class Layout {
       throw StaleLayout("the number of tensors changed");
     const TensorView view = reader.read(PyList_GET_ITEM(tensors.ptr(), i));
     const Recorded& was = recorded_[i];
-    const int64_t* geometry = geometry_.data() + was.offset;
+    const int64_t* geometry = geometry_.data() + was.geometry;
     const bool same = view.device_type == 1 && view.dtype == was.dtype && view.ndim == was.ndim &&
                       std::equal(view.shape, view.shape + view.ndim, geometry) &&
                       std::equal(view.strides, view.strides + view.ndim, geometry + was.ndim) &&
-                      (view.data != nullptr || table_.rows()[i].numel == 0);
+                      (has_memory(view, was.storage_offset) || table_.rows()[i].numel == 0);
     if (!same) throw StaleLayout("row " + std::to_string(i) + " changed");
     return view;
   }
@@ -186,6 +190,12 @@ class Layout {
     return pointers;
   }
 
+  // Whether the pointer is more than an offset into a freed storage (whose base is null).
+  static bool has_memory(const TensorView& view, uintptr_t storage_offset) {
+    constexpr uintptr_t kNeverMapped = 65536;  // the first pages of a process
+    return reinterpret_cast<uintptr_t>(view.data) >= std::max(kNeverMapped, storage_offset + 1);
+  }
+
   static void* show_gradient(const TensorView& tensor, PyObject* grad, size_t i,
                              TensorReader& reader, std::vector<int64_t>& others) {
     if (grad == Py_None) return nullptr;
@@ -195,7 +205,8 @@ class Layout {
     } catch (py::error_already_set&) {  // sparse, say
       throw GradientMismatch(std::to_string(i));
     }
-    if (view.device_type != 1 || view.dtype != tensor.dtype || !view.same_shape(tensor))
+    if (view.device_type != 1 || view.dtype != tensor.dtype || !view.same_shape(tensor) ||
+        view.expanded() || !(has_memory(view, 0) || view.numel() == 0))
       throw GradientMismatch(std::to_string(i));
     if (view.same_strides(tensor)) return view.data;
     others.push_back(static_cast<int64_t>(i));

@@ -17,6 +17,10 @@ namespace pyreg {
 enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
 constexpr int kDTypes = 4;
 
+constexpr int64_t item_size(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
 constexpr int64_t kChunk = 4096;     // elements
 constexpr int64_t kSegments = 4096;  // aimed at, for models of many chunks
 

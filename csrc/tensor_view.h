@@ -62,6 +62,13 @@ struct TensorView {
     return n;
   }
 
+  // Whether several elements share one place.
+  bool expanded() const {
+    for (int d = 0; d < ndim; ++d)
+      if (shape[d] > 1 && strides[d] == 0) return true;
+    return false;
+  }
+
   bool same_shape(const TensorView& other) const {
     return ndim == other.ndim && std::equal(shape, shape + ndim, other.shape);
   }

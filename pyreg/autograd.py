@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import reference
 from .backend.torch import TorchBackend
 from .dispatch import BackendError, choose, requested
 from .pack import Label, Pack, Packs, check
-from .penalties import Penalty
+from .penalties import Penalty, check_strengths, rules_of, stack_strengths, unstack_strengths
 from .sweeps import add_values
 
 _version = attrgetter("_version")
@@ -28,8 +28,9 @@ _version = attrgetter("_version")
 def value(packs: Packs, tensors: list[Tensor], rules: Sequence[Penalty], label: Label) -> Tensor:
     """Omega over all tensors, 0-dim, differentiable in the tensors and in tensor strengths.
 
-    For eager mode; while torch.compile traces, call `ops.value` instead.
+    For eager mode; while torch.compile traces, `ops.value` takes its place.
     """
+    check_strengths(rules)
     if torch._C._are_functorch_transforms_active():
         return _transformed_value(packs, tensors, rules, label)
 
@@ -56,9 +57,11 @@ def _native_value(
 ) -> Tensor:
     strengths = None
     if torch.is_grad_enabled():
-        if any(isinstance(s, Tensor) and s.requires_grad for rule in rules for s in rule.strengths):
-            strengths = ops.stack_strengths(rules, pack.device)
-        if strengths is not None or any(t.requires_grad for t in rows):
+        if any(isinstance(s, Tensor) for rule in rules for s in rule.strengths):
+            strengths = stack_strengths(rules, pack.device)
+        if any(t.requires_grad for t in (strengths, *rows) if t is not None):
+            if strengths is not None:  # backward uses these, whatever becomes of the originals
+                rules = rules_of(pack.penalties, strengths.detach())
             return _Value.apply(_Call(backend, pack, rules, label), strengths, *rows)
     return backend.value(pack, rows, rules)[0]
 
@@ -134,7 +137,7 @@ def _differentiable_gradient(
     own = (
         [rule.strengths for rule in call.rules]
         if strengths is None
-        else ops.unstack_strengths(names, strengths)
+        else unstack_strengths(names, strengths)
     )
     formulas = [reference.FORMULAS[name] for name in names]
     grads = [
@@ -143,12 +146,11 @@ def _differentiable_gradient(
     ]
     grad_strengths = None
     if ctx.needs_input_grad[1]:
-        terms = [
-            formulas[r].value(w, *own[r]) for r, w in zip(call.pack.rule_of, rows, strict=True)
-        ]
-        total = torch.stack([t.double() for t in terms]).sum()
-        (by_strength,) = torch.autograd.grad(total, strengths, create_graph=True)
-        grad_strengths = grad_output * by_strength
+        totals = [torch.zeros_like(row) for row in strengths]
+        for r, w in zip(call.pack.rule_of, rows, strict=True):
+            by = formulas[r].strength_grad(w, *own[r]).to(strengths)
+            totals[r] = totals[r] + torch.nn.functional.pad(by, (0, len(totals[r]) - len(by)))
+        grad_strengths = grad_output * torch.stack(totals)
     return [grad_strengths, *grads]
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import reference, sweeps
 from .dispatch import choose
 from .pack import Pack, label, packs_for
-from .penalties import PENALTIES, Penalty
+from .penalties import Penalty, rules_of, stack_strengths, unstack_strengths
 
 _OPERANDS = "Tensor[] tensors, Tensor strengths, str[] penalties, int[] rule_of"
 
@@ -31,41 +31,10 @@ def value(tensors: list[Tensor], rules: Sequence[Penalty], rule_of: Sequence[int
     return torch.ops.pyreg.value(tensors, strengths, names, list(rule_of))
 
 
-def stack_strengths(rules: Sequence[Penalty], device: torch.device | str) -> Tensor:
-    """[rules, most strengths of any] float64; unused places are 0. Carries the strengths' graph."""
-    width = max(len(rule.strengths) for rule in rules)
-    one = torch.ones((), dtype=torch.float64, device=device)
-    rows = []
-    for rule in rules:
-        row = [
-            s.to(device=device, dtype=torch.float64)
-            if isinstance(s, Tensor)
-            else one * s  # of a float, torch.compile can make an operand only in arithmetic
-            for s in rule.strengths
-        ]
-        rows.append(torch.stack(row + [0 * one] * (width - len(row))))
-    return torch.stack(rows)
-
-
-def unstack_strengths(names: Sequence[str], strengths: Tensor) -> list[tuple[Tensor, ...]]:
-    """Each rule's strengths, as 0-dim tensors."""
-    return [
-        tuple(row[k] for k in range(len(PENALTIES[name].parameters)))
-        for name, row in zip(names, strengths, strict=True)
-    ]
-
-
-def _rules(names: Sequence[str], strengths: Tensor) -> list[Penalty]:
-    return [
-        PENALTIES[name](*own)
-        for name, own in zip(names, unstack_strengths(names, strengths), strict=True)
-    ]
-
-
 @torch.library.custom_op("pyreg::value", mutates_args=(), schema=f"({_OPERANDS}) -> Tensor")
 def value_op(tensors, strengths, penalties, rule_of):
     packs = packs_for(tensors, tuple(penalties), rule_of)
-    return sweeps.value(packs, tensors, _rules(penalties, strengths), label)
+    return sweeps.value(packs, tensors, rules_of(penalties, strengths), label)
 
 
 @value_op.register_fake
@@ -79,7 +48,7 @@ def _(tensors, strengths, penalties, rule_of):
 )
 def gradient_op(grad_output, tensors, strengths, penalties, rule_of):
     packs = packs_for(tensors, tuple(penalties), rule_of)
-    rules = _rules(penalties, strengths)
+    rules = rules_of(penalties, strengths)
     grads = [torch.empty_like(t) for t in tensors]
 
     def sweep(current: list[Pack]) -> None:
@@ -102,16 +71,12 @@ def _(grad_output, tensors, strengths, penalties, rule_of):
     schema=f"(Tensor grad_output, {_OPERANDS}) -> Tensor",
 )
 def strength_gradient_op(grad_output, tensors, strengths, penalties, rule_of):
-    with torch.enable_grad():
-        leaf = strengths.detach().requires_grad_()
-        own = unstack_strengths(penalties, leaf)
-        terms = [
-            reference.FORMULAS[penalties[r]].value(t.detach(), *own[r])
-            for r, t in zip(rule_of, tensors, strict=True)
-        ]
-        total = torch.stack([t.to(leaf) for t in terms]).sum()
-        (gradient,) = torch.autograd.grad(total, leaf)
-    return gradient * grad_output
+    out = torch.zeros_like(strengths)
+    own = unstack_strengths(penalties, strengths)
+    for r, t in zip(rule_of, tensors, strict=True):
+        by = reference.FORMULAS[penalties[r]].strength_grad(t, *own[r]).to(out)
+        out[r, : by.numel()] += by
+    return out * grad_output
 
 
 @strength_gradient_op.register_fake

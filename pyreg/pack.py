@@ -81,6 +81,10 @@ def check(t: Any, name: str) -> None:
     if t.dtype not in SWEPT_DTYPES:
         swept = ", ".join(str(d).removeprefix("torch.") for d in SWEPT_DTYPES)
         raise TypeError(f"{name}: expected one of {swept}, got {describe(t)}")
+
+
+def check_memory(t: Tensor, name: str) -> None:
+    """Raise ValueError, naming the parameter, if the storage of `t` was freed."""
     if not has_own_dispatch(t) and t.device.type != "meta" and t.numel() and not has_memory(t):
         raise ValueError(f"{name}: {describe(t)} has no memory (its storage was freed or sharded)")
 
@@ -134,6 +138,7 @@ def check_gradient(grad: Tensor, t: Tensor, name: str) -> None:
     if grad.layout != torch.strided:
         raise TypeError(f"{name}: its gradient has layout {grad.layout}, expected a dense one")
     check_writable(grad, f"{name}: its gradient")
+    check_memory(grad, f"{name}: its gradient")
     if grad.shape != t.shape or grad.dtype != t.dtype or grad.device != t.device:
         raise ValueError(
             f"{name}: {describe(t)} on {t.device} has a gradient {describe(grad)} on {grad.device}"
@@ -196,6 +201,7 @@ def build(
     for i, t in enumerate(tensors):
         if type(t) not in (Tensor, nn.Parameter) or not _plainly_fine(t):
             check(t, label(i))
+            check_memory(t, label(i))
         reason = irregular(t)
         key = (t.device, reason is not None)
         pack = packs.get(key)
@@ -216,6 +222,7 @@ def _plainly_fine(t: Tensor) -> bool:
         and t.layout == torch.strided
         and t.device.type in ("cpu", "cuda")
         and (t.data_ptr() != 0 or t.numel() == 0)
+        and t.storage_offset() == 0
         and t.is_contiguous()
     )
 

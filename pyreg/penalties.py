@@ -8,6 +8,7 @@ place, or a learnable strength, which then receives its gradient).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import ClassVar
@@ -41,6 +42,14 @@ def check_strength(name: str, s: Strength) -> Strength:
     s = float(s)
     _check_number(name, s)
     return s
+
+
+def check_strengths(rules: Sequence[Penalty]) -> None:
+    """Raise if a strength is bad by now: a tensor may have changed since its penalty was made."""
+    for rule in rules:
+        for name, s in zip(rule.parameters, rule.strengths, strict=True):
+            if isinstance(s, Tensor):
+                check_strength(f"{type(rule).__name__}.{name}", s)
 
 
 def check_scale(scale: Strength) -> None:
@@ -150,3 +159,37 @@ class ElasticNet(Penalty):
     name = "elastic_net"
     l1: Strength
     l2: Strength
+
+
+def stack_strengths(
+    rules: Sequence[Penalty], device: torch.device | str, width: int | None = None
+) -> Tensor:
+    """[rules, width or else the most strengths of any] float64, 0 where unused. Keeps the graph."""
+    width = width or max(len(rule.strengths) for rule in rules)
+    one = torch.ones((), dtype=torch.float64, device=device)
+    rows = []
+    for rule in rules:
+        row = [
+            s.to(device=device, dtype=torch.float64)
+            if isinstance(s, Tensor)
+            else one * s  # of a float, torch.compile can make an operand only in arithmetic
+            for s in rule.strengths
+        ]
+        rows.append(torch.stack(row + [0 * one] * (width - len(row))))
+    return torch.stack(rows)
+
+
+def unstack_strengths(names: Sequence[str], strengths: Tensor) -> list[tuple[Tensor, ...]]:
+    """Each rule's strengths, as 0-dim tensors."""
+    return [
+        tuple(row[k] for k in range(len(PENALTIES[name].parameters)))
+        for name, row in zip(names, strengths, strict=True)
+    ]
+
+
+def rules_of(names: Sequence[str], strengths: Tensor) -> list[Penalty]:
+    """The penalties of these names and stacked strengths."""
+    return [
+        PENALTIES[name](*own)
+        for name, own in zip(names, unstack_strengths(names, strengths), strict=True)
+    ]

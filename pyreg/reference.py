@@ -21,11 +21,12 @@ Strength = float | Tensor
 
 
 class Formula(NamedTuple):
-    """A penalty's three functions; strengths follow in the order of its class's fields."""
+    """A penalty's functions; strengths follow in the order of its class's fields."""
 
     value: Callable[..., Tensor]  # (w, *strengths) -> 0-dim
     grad: Callable[..., Tensor]  # (w, *strengths) -> like w
     prox: Callable[..., Tensor]  # (w, step, *strengths) -> like w
+    strength_grad: Callable[..., Tensor]  # (w, *strengths) -> [strengths] float64: dOmega/dstrength
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -83,6 +84,11 @@ def l1_prox(w: Tensor, step: Strength, lam: Strength) -> Tensor:
     return soft_threshold(_upcast(w), _strength(step, w) * _strength(lam, w)).to(w.dtype)
 
 
+def l1_strength_grad(w: Tensor, lam: Strength) -> Tensor:
+    """[sum |w|]"""
+    return _total(_upcast(w).abs())[None]
+
+
 def l2_value(w: Tensor, lam: Strength) -> Tensor:
     """lam * sum w^2"""
     return _weigh(lam, _total(_upcast(w).square())).to(value_dtype(w.dtype))
@@ -96,6 +102,11 @@ def l2_grad(w: Tensor, lam: Strength) -> Tensor:
 def l2_prox(w: Tensor, step: Strength, lam: Strength) -> Tensor:
     """w / (1 + 2 * step * lam)"""
     return (_upcast(w) / (1 + 2 * _strength(step, w) * _strength(lam, w))).to(w.dtype)
+
+
+def l2_strength_grad(w: Tensor, lam: Strength) -> Tensor:
+    """[sum w^2]"""
+    return _total(_upcast(w).square())[None]
 
 
 def elastic_net_value(w: Tensor, l1: Strength, l2: Strength) -> Tensor:
@@ -118,10 +129,18 @@ def elastic_net_prox(w: Tensor, step: Strength, l1: Strength, l2: Strength) -> T
     return (shrunk / (1 + 2 * t * _strength(l2, w))).to(w.dtype)
 
 
+def elastic_net_strength_grad(w: Tensor, l1: Strength, l2: Strength) -> Tensor:
+    """[sum |w|, sum w^2]"""
+    x = _upcast(w)
+    return torch.stack([_total(x.abs()), _total(x.square())])
+
+
 FORMULAS: dict[str, Formula] = {
-    "l1": Formula(l1_value, l1_grad, l1_prox),
-    "l2": Formula(l2_value, l2_grad, l2_prox),
-    "elastic_net": Formula(elastic_net_value, elastic_net_grad, elastic_net_prox),
+    "l1": Formula(l1_value, l1_grad, l1_prox, l1_strength_grad),
+    "l2": Formula(l2_value, l2_grad, l2_prox, l2_strength_grad),
+    "elastic_net": Formula(
+        elastic_net_value, elastic_net_grad, elastic_net_prox, elastic_net_strength_grad
+    ),
 }
 
 

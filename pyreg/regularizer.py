@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import autograd, ops, sweeps
 from .coverage import Coverage, Covered, resolve
 from .dispatch import choose
-from .pack import Packs, check, label
+from .pack import Packs, check, check_memory, label
 from .penalties import Penalty, check_scale, check_strength
 from .stats import Stats
 
@@ -180,23 +180,19 @@ class Regularizer:
         covered = self._coverage.penalised
         for i, row in enumerate(covered):
             check(row.tensor, label(i, row.name))
+            check_memory(row.tensor, label(i, row.name))
         self._covered = self._group(covered)
         self._active_flags: list[bool] = []
-        self._slots = []
-        if self._model is not None:
-            for row in covered:
-                for name in (row.name, *row.aliases):
-                    path, _, key = name.rpartition(".")
-                    module = self._model.get_submodule(path)
-                    self._slots.append((module._parameters, key, row.tensor))
+        names = [name for row in covered for name in (row.name, *row.aliases)]
+        self._slots = [] if self._model is None else _slots(self._model, names)
 
     def _group(self, covered: Sequence[Covered]) -> _Group:
         return _Group(covered, list(self.rules), [penalty.name for penalty in self._penalties])
 
     def _refresh(self) -> None:
         """Resolve again if the module holds other parameters by now."""
-        for slot, key, tensor in self._slots:
-            if slot.get(key) is not tensor:
+        for slot, key, kept in self._slots:
+            if slot.get(key) is not kept:
                 self._resolve()
                 return
 
@@ -227,6 +223,19 @@ class Regularizer:
     def _zero(self) -> Tensor:
         t = self._covered.tensors[0]
         return torch.zeros((), dtype=torch.float32, device=t.device)
+
+
+def _slots(model: nn.Module, names: Iterable[str]) -> list[tuple[dict, str, object]]:
+    """Where the module keeps these parameters, and each module on the way: (dict, key, what)."""
+    slots: dict[tuple[int, str], tuple[dict, str, object]] = {}
+    for name in names:
+        module = model
+        *path, last = name.split(".")
+        for key in path:
+            slots[id(module), key] = (module._modules, key, module._modules[key])
+            module = module._modules[key]
+        slots[id(module), last] = (module._parameters, last, module._parameters[last])
+    return list(slots.values())
 
 
 def _pairs(model: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:

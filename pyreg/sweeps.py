@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .dispatch import choose
 from .pack import GradientMismatch, Label, Pack, Packs, check_gradient, check_writable
-from .penalties import Penalty
+from .penalties import Penalty, check_strengths
 
 
 def _prepare(
@@ -44,6 +44,7 @@ def add_values(values: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 def value(packs: Packs, tensors: list[Tensor], rules: Sequence[Penalty], label: Label) -> Tensor:
     """Omega, without a graph. Reads N."""
+    check_strengths(rules)
 
     def sweep(current: list[Pack]) -> Tensor:
         chosen = _prepare(current, tensors)
@@ -66,6 +67,7 @@ def accumulate(
 
     Returns the value, and how many gradients there were.
     """
+    check_strengths(rules)
 
     def check_gradients() -> None:
         for i, t in enumerate(tensors):
@@ -93,6 +95,7 @@ def prox(
     label: Label,
 ) -> None:
     """w = prox(w, step), in place. Reads N, writes N."""
+    check_strengths(rules)
 
     def sweep(current: list[Pack]) -> None:
         chosen = _prepare(current, tensors)

@@ -70,17 +70,6 @@ const PenaltyKernels& kernels_for(const Kernels& kernels, const Table& table, co
   return kernels.penalty[table.penalties()[row.rule]][static_cast<int>(row.dtype)];
 }
 
-int64_t item_size(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return 8;
-    case DType::kFloat32:
-      return 4;
-    default:
-      return 2;
-  }
-}
-
 template <class Pointer>
 Pointer offset(Pointer base, const Row& row, int64_t elements) {
   using Byte =
