@@ -144,7 +144,6 @@ class Layout {
     DType dtype;
     int ndim;
     size_t geometry;
-    uintptr_t storage_offset;  // bytes: where the tensor would lie if its storage were freed
   };
 
   Table make(const py::list& tensors, const std::vector<int>& rule_of,
@@ -158,10 +157,7 @@ class Layout {
       const TensorView view = reader.read(PyList_GET_ITEM(tensors.ptr(), i));
       if (view.device_type != 1 || !view.dtype)
         throw py::value_error("row " + std::to_string(i) + ": not a CPU tensor of a swept dtype");
-      const auto offset =
-          py::handle(PyList_GET_ITEM(tensors.ptr(), i)).attr("storage_offset")().cast<int64_t>();
-      recorded_.push_back({*view.dtype, view.ndim, geometry_.size(),
-                           static_cast<uintptr_t>(offset * item_size(*view.dtype))});
+      recorded_.push_back({*view.dtype, view.ndim, geometry_.size()});
       geometry_.insert(geometry_.end(), view.shape, view.shape + view.ndim);
       geometry_.insert(geometry_.end(), view.strides, view.strides + view.ndim);
       rows.push_back({view.numel(), *view.dtype, rule_of[i]});
@@ -178,7 +174,7 @@ class Layout {
     const bool same = view.device_type == 1 && view.dtype == was.dtype && view.ndim == was.ndim &&
                       std::equal(view.shape, view.shape + view.ndim, geometry) &&
                       std::equal(view.strides, view.strides + view.ndim, geometry + was.ndim) &&
-                      (has_memory(view, was.storage_offset) || table_.rows()[i].numel == 0);
+                      has_memory(view, PyList_GET_ITEM(tensors.ptr(), i));
     if (!same) throw StaleLayout("row " + std::to_string(i) + " changed");
     return view;
   }
@@ -190,10 +186,13 @@ class Layout {
     return pointers;
   }
 
-  // Whether the pointer is more than an offset into a freed storage (whose base is null).
-  static bool has_memory(const TensorView& view, uintptr_t storage_offset) {
-    constexpr uintptr_t kNeverMapped = 65536;  // the first pages of a process
-    return reinterpret_cast<uintptr_t>(view.data) >= std::max(kNeverMapped, storage_offset + 1);
+  // Whether there is memory behind the pointer. The base of a freed storage is null, so a view into
+  // it points at its own offset. No offset reaches kPlausible (1 TiB), and little memory lies below
+  // it: only there is torch asked.
+  static bool has_memory(const TensorView& view, PyObject* tensor) {
+    constexpr uintptr_t kPlausible = uintptr_t{1} << 40;
+    if (reinterpret_cast<uintptr_t>(view.data) >= kPlausible || view.numel() == 0) return true;
+    return py::handle(tensor).attr("untyped_storage")().attr("data_ptr")().cast<uintptr_t>() != 0;
   }
 
   static void* show_gradient(const TensorView& tensor, PyObject* grad, size_t i,
@@ -206,7 +205,7 @@ class Layout {
       throw GradientMismatch(std::to_string(i));
     }
     if (view.device_type != 1 || view.dtype != tensor.dtype || !view.same_shape(tensor) ||
-        view.expanded() || !(has_memory(view, 0) || view.numel() == 0))
+        view.expanded() || !has_memory(view, grad))
       throw GradientMismatch(std::to_string(i));
     if (view.same_strides(tensor)) return view.data;
     others.push_back(static_cast<int64_t>(i));

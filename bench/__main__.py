@@ -1,0 +1,79 @@
+"""Workloads x penalties x ways: tables and targets, written to bench/results/<name>.json, .csv."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import pyreg
+from pyreg.profiling import LIMITS, WAYS, WORKLOADS, Record, Row, allocate, environment, measure
+
+from . import builds, targets
+
+PENALTIES = (pyreg.L1(1e-5), pyreg.ElasticNet(1e-5, 1e-4))
+RESULTS = Path(__file__).parent / "results"
+
+
+def arguments() -> argparse.Namespace:
+    ways = [name for name in WAYS if name not in LIMITS]
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("name", nargs="?", default="cpu", help="of the record (default: cpu)")
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--ways", nargs="+", choices=ways, default=ways, metavar="WAY",
+                        help=f"of: {', '.join(ways)}")  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=31, help="samples per way")
+    parser.add_argument("--seconds", type=float, default=20.0, help="at most, per way")
+    parser.add_argument("--skip-builds", action="store_true", help="do not compare native builds")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
+    return parser.parse_args()
+
+
+def rows_of(options: argparse.Namespace) -> Iterator[Row]:
+    for name in options.workloads:
+        parameters = allocate(WORKLOADS[name])
+        for penalty in PENALTIES:
+            title = f"{name}, {penalty.name}"
+            yield from measure(
+                parameters,
+                penalty,
+                options.ways,
+                rounds=options.rounds,
+                seconds=options.seconds,
+                tell=lambda what, share, title=title: tell(f"{title}: {what}"),
+            )
+
+
+def tell(what: str) -> None:
+    """One line that is written over, where there is someone to read it."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{what}", end="", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    options = arguments()
+    options.out.mkdir(parents=True, exist_ok=True)
+    record = Record(environment(), tuple(rows_of(options)))
+    comparison = None
+    if not options.skip_builds:
+        tell("building csrc twice")
+        comparison = builds.compare()
+    tell("")
+    verdicts = targets.judge(record.rows, comparison)
+    print(record.table(), targets.table(verdicts), sep="\n\n")
+    extra = {
+        "builds": None if comparison is None else asdict(comparison),
+        "targets": [asdict(verdict) for verdict in verdicts],
+    }
+    path = options.out / f"{options.name}.json"
+    path.write_text(json.dumps(record.to_dict() | extra, indent=1) + "\n")
+    record.to_csv(path.with_suffix(".csv"))
+    print(f"\nwritten: {path}, {path.with_suffix('.csv').name}")
+    return 0 if all(verdict.passed is not False for verdict in verdicts) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

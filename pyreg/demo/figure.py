@@ -1,0 +1,83 @@
+"""The demo's picture: two panels on the digits, two on the overhead."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..profiling import WORKLOADS, Record
+from ..profiling.plot import GREY, INK, bars, style, title
+from .digits import EPOCHS, Training, largest_differences
+from .overhead import MODELS, PENALTIES, SHOWN
+
+COLOURS = {
+    "no penalty": GREY,
+    "the loop": "#e0a458",
+    "pyreg.l1": "#3d5a80",
+    "reg.prox_": "#c8553d",
+}
+
+
+def draw(trainings: Sequence[Training], record: Record, path: Path) -> None:
+    """Write the picture as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws without a display
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 9.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    (same, sparse), lower = figure.subplots(2, 2, height_ratios=(0.8, 1))
+    _same_path(same, {t.name: t for t in trainings})
+    _zeros(sparse, trainings)
+    labels = {penalty.name: label for label, penalty in PENALTIES.items()}
+    for axes, workload in zip(lower, MODELS, strict=True):
+        rows = [row for row in record.rows if row.workload == workload and row.way in SHOWN]
+        bars(axes, rows, labels)
+        title(axes, f"Cost of a penalty: {WORKLOADS[workload].title}")
+    environment = record.environment
+    figure.supxlabel(
+        f"{environment.cpu}, {environment.threads} threads, torch {environment.torch}, "
+        f"pyreg backend {environment.backend}",
+        fontsize=9,
+        color=GREY,
+    )
+    figure.savefig(path, dpi=130)
+
+
+def _same_path(axes, trainings: dict[str, Training]) -> None:
+    loop, pyreg = trainings["the loop"], trainings["pyreg.l1"]
+    axes.plot(loop.losses, color=COLOURS["the loop"], linewidth=5, label="the loop")
+    axes.plot(pyreg.losses, color=COLOURS["pyreg.l1"], linewidth=1, label="pyreg.l1")
+    losses, weights = largest_differences(loop, pyreg)
+    axes.text(
+        0.97,
+        0.62,
+        f"largest difference in {len(loop.losses):,} steps\n"
+        f"loss: {losses:.0e} (relative)\nweights: {weights:.0g}",
+        transform=axes.transAxes,
+        ha="right",
+        va="top",
+        color=INK,
+    )
+    axes.set(xlabel="step", ylabel="loss with L1 (log scale)", yscale="log")
+    title(axes, "Digits: pyreg takes the loop's path")
+    axes.legend(frameon=False, loc="upper right")
+    style(axes)
+
+
+def _zeros(axes, trainings: Sequence[Training]) -> None:
+    epochs = range(1, EPOCHS + 1)
+    widths = {"no penalty": 6, "the loop": 4, "pyreg.l1": 1.5, "reg.prox_": 2.5}
+    for t in trainings:
+        axes.plot(
+            epochs,
+            [100 * share for share in t.zeros],
+            color=COLOURS[t.name],
+            linewidth=widths[t.name],
+            label=f"{t.name}: {100 * t.zeros[-1]:.0f} % zeros, "
+            f"test accuracy {100 * t.accuracies[-1]:.1f} %",
+        )
+    axes.set(xlabel="epoch", ylabel="weights that are exactly 0, %", ylim=(-4, 165))
+    axes.set_yticks(range(0, 101, 25))
+    title(axes, "Digits: only the prox makes exact zeros")
+    axes.legend(frameon=False, loc="upper left", fontsize=9)
+    style(axes)

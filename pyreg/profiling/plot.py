@@ -1,0 +1,70 @@
+"""Bars of milliseconds. Draws on axes that the caller made, so matplotlib is not imported here."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .record import Row, milliseconds
+
+INK = "#293241"
+GREY = "#8d99ae"
+PEER = ("#d9dee6", "#aab4c4")  # by penalty, first to last
+PYREG = ("#8fb8d6", "#3d5a80")
+
+
+def style(axes: Any) -> None:
+    """No frame but the axes, dark text."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(GREY)
+    axes.tick_params(colors=INK)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+
+
+def title(axes: Any, text: str) -> None:
+    axes.set_title(text, loc="left", fontweight="bold", color=INK)
+
+
+def bars(axes: Any, rows: Sequence[Row], labels: Mapping[str, str]) -> None:
+    """A group of bars per way, one bar per penalty, on a log axis; whiskers at 10 and 90 %.
+
+    Args:
+        axes: matplotlib's.
+        rows: of one workload; those not measured say so.
+        labels: what to call each penalty, by name.
+    """
+    ways = list(dict.fromkeys(row.way for row in rows))
+    height = 0.8 / len(labels)
+    known = [row for row in rows if row.seconds is not None]
+    left = min(row.p10 for row in known) * 1e3 / 3
+    right = max(row.p90 for row in known) * 1e3
+    axes.set_xscale("log")
+    axes.set_xlim(left, right * (right / left) ** 0.25)  # room for the text
+    for k, (penalty, label) in enumerate(labels.items()):
+        for row in rows:
+            if row.penalty != penalty:
+                continue
+            y = ways.index(row.way) + (k - (len(labels) - 1) / 2) * height
+            if row.seconds is None:
+                if k == 0:
+                    middle = ways.index(row.way)
+                    axes.text(left * 1.1, middle, _wrapped(row.note), va="center", color=GREY)
+                continue
+            ms, low, high = 1e3 * row.seconds, 1e3 * row.p10, 1e3 * row.p90
+            colour = (PYREG if row.way.startswith("pyreg") else PEER)[k % 2]
+            axes.barh(y, ms - left, height * 0.92, left=left, color=colour)
+            axes.plot([low, high], [y, y], color=INK, linewidth=1)
+            axes.text(
+                max(ms, high) * 1.06, y, f"{milliseconds(row.seconds)} ms, {label}",
+                va="center", fontsize=8, color=INK,
+            )  # fmt: skip
+    axes.set_yticks(range(len(ways)), ways)
+    axes.invert_yaxis()
+    axes.set_xlabel("milliseconds (log scale), median, 10-90 %")
+    style(axes)
+
+
+def _wrapped(note: str) -> str:
+    return "\n".join(textwrap.wrap(note, 44)[:2])

@@ -1,0 +1,122 @@
+"""What was measured and where: rows, the environment, and both as table, JSON and CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from ..text import table
+from .environment import Environment
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way on one workload with one penalty. None: not measured, or it does not apply."""
+
+    workload: str
+    dtype: str
+    tensors: int
+    elements: int
+    penalty: str
+    way: str
+    job: str
+    traffic: float | None  # predicted, in N
+    seconds: float | None = None  # median
+    p10: float | None = None
+    p90: float | None = None
+    samples: int = 0
+    gb_per_s: float | None = None  # traffic / seconds
+    of_limit: float | None = None  # the limit's time / this time; 1 is as fast as memory allows
+    extra_bytes: int | None = None  # peak, beyond parameters and gradients
+    value_error: float | None = None  # relative to float64
+    element_error: float | None = None  # of gradient or prox, relative to its largest element
+    first_seconds: float | None = None  # the first run, with whatever it builds or compiles
+    note: str = ""  # why it was not measured, or what is wrong with its value
+
+
+HEAD = ("way", "ms", "10-90 %", "N moved", "GB/s", "of limit", "extra MB", "value error")
+
+
+def cells(row: Row) -> list[str]:
+    """A row as text, under HEAD."""
+    if row.seconds is None:
+        return [row.way, "-", "", "", "", "", "", ""]
+    return [
+        row.way,
+        milliseconds(row.seconds),
+        f"{milliseconds(row.p10)}-{milliseconds(row.p90)}",
+        "" if row.traffic is None else f"{row.traffic:g}",
+        "" if row.gb_per_s is None else f"{row.gb_per_s:.1f}",
+        "" if row.of_limit is None else f"{100 * row.of_limit:.0f} %",
+        "-" if row.extra_bytes is None else megabytes(row.extra_bytes),
+        "" if row.value_error is None else f"{row.value_error:.0e}",
+    ]
+
+
+def milliseconds(seconds: float) -> str:
+    """Three significant digits, no exponent."""
+    ms = 1e3 * seconds
+    return f"{ms:.0f}" if ms >= 99.95 else f"{ms:.1f}" if ms >= 9.995 else f"{ms:.2f}"
+
+
+def megabytes(n: int) -> str:
+    return f"{n / 1e6:.0f}" if n >= 1e7 else f"{n / 1e6:.1f}"
+
+
+@dataclass(frozen=True)
+class Record:
+    """All rows of a session, with the environment that they hold for."""
+
+    environment: Environment
+    rows: tuple[Row, ...]
+
+    def groups(self) -> dict[tuple[str, str], list[Row]]:
+        """Rows by (workload, penalty), in order."""
+        groups: dict[tuple[str, str], list[Row]] = {}
+        for row in self.rows:
+            groups.setdefault((row.workload, row.penalty), []).append(row)
+        return groups
+
+    def table(self) -> str:
+        """A plain-text table for each workload and penalty."""
+        parts = [str(self.environment)]
+        for (workload, penalty), rows in self.groups().items():
+            lines = [f"{workload}, {penalty}"]
+            lines.append(table(HEAD, [cells(row) for row in rows], right=range(1, 8)))
+            lines += [f"{row.way}: {row.note}" for row in rows if row.note]
+            parts.append("\n".join(lines))
+        return "\n\n".join(parts)
+
+    def to_dict(self) -> dict:
+        return {
+            "environment": asdict(self.environment),
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+    def to_json(self, path: Path | None = None) -> str:
+        """JSON text; also written to `path` if given."""
+        text = json.dumps(self.to_dict(), indent=1) + "\n"
+        if path is not None:
+            path.write_text(text)
+        return text
+
+    def to_csv(self, path: Path) -> None:
+        """One line per row, each with the hardware and the commit."""
+        environment = self.environment
+        common = {"cpu": environment.cpu, "threads": environment.threads}
+        common |= {"torch": environment.torch, "commit": environment.commit}
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*(f.name for f in fields(Row)), *common])
+            writer.writeheader()
+            writer.writerows({**asdict(row), **common} for row in self.rows)
+
+
+def find(rows: Sequence[Row], workload: str, penalty: str, way: str) -> Row | None:
+    """The row of that workload, penalty and way, if it was measured."""
+    for row in rows:
+        if (row.workload, row.penalty, row.way) == (workload, penalty, way):
+            return row if row.seconds is not None else None
+    return None

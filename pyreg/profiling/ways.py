@@ -1,0 +1,158 @@
+"""The ways to regularize: what each computes, how it runs once, and the traffic it should take.
+
+gradient   value, and gradient added into gradients that exist (a later micro-batch, or
+           `zero_grad(set_to_none=False)`), so that all of these ways do the same work
+value      the value alone
+prox       the proximal step, in place
+limit      one torch operation on the same memory that does no more than move it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..functional import penalty as penalty_of
+from ..penalties import Penalty
+from ..regularizer import Regularizer
+from . import peers
+from .workloads import Parameters
+
+Run = Callable[[], Tensor | None]  # one run; returns the value where there is one
+PROX_STEP = 1.0
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to do one job to all parameters."""
+
+    name: str
+    job: str  # "gradient", "value", "prox", or "limit"
+    prepare: Callable[[Parameters, Penalty], Run]  # what is done once per model
+    traffic: Mapping[str, float] | float  # predicted bytes in N, by penalty if that matters
+    refuses: Callable[[Parameters], str | None] = field(default=lambda parameters: None)
+    limit_of: str | None = None  # for a limit: the job that can be no faster
+
+    def traffic_of(self, penalty: Penalty) -> float | None:
+        """Predicted bytes, in N."""
+        if isinstance(self.traffic, Mapping):
+            return self.traffic.get(penalty.name)
+        return self.traffic
+
+
+def _loss(parameters: Parameters, penalty: Penalty) -> Run:
+    def run() -> Tensor:
+        value = penalty_of(parameters.tensors, penalty)
+        value.backward()
+        return value
+
+    return run
+
+
+def _accumulate(parameters: Parameters, penalty: Penalty) -> Run:
+    return Regularizer(parameters.named, penalty).accumulate_
+
+
+def _value(parameters: Parameters, penalty: Penalty) -> Run:
+    regularizer = Regularizer(parameters.named, penalty)
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        return regularizer()
+
+    return run
+
+
+def _stats(parameters: Parameters, penalty: Penalty) -> Run:
+    """All statistics; the value is made from them, so that they can be checked."""
+    regularizer = Regularizer(parameters.named, penalty)
+    l1, l2 = peers.strengths_of(penalty)
+
+    def run() -> Tensor:
+        stats = regularizer.stats()
+        return l1 * stats.l1.sum() + l2 * stats.l2_squared.sum()
+
+    return run
+
+
+def _prox(parameters: Parameters, penalty: Penalty) -> Run:
+    regularizer = Regularizer(parameters.named, penalty)
+    return lambda: regularizer.prox_(PROX_STEP)
+
+
+def _limits(kind: str, as_float32: bool) -> Callable[[Parameters, Penalty], Run]:
+    """A torch operation on the flat memory; 16-bit elements optionally taken in pairs.
+
+    In pairs because torch's own sums of 16-bit elements can be slower than the memory. There
+    `alpha=0` leaves the bits alone; factors of 1 do so everywhere.
+    """
+
+    def prepare(parameters: Parameters, penalty: Penalty) -> Run:
+        w, g = parameters.weights, parameters.gradients
+        if as_float32:
+            w, g = w.view(torch.float32), g.view(torch.float32)
+        alpha = 0 if as_float32 else 1
+        return {
+            "read": lambda: discard(w.sum()),
+            "update": lambda: discard(g.add_(w, alpha=alpha)),
+            "rewrite": lambda: discard(w.mul_(1.0)),
+        }[kind]
+
+    return prepare
+
+
+def discard(result: object) -> None:
+    """So that a limit returns no value to be checked."""
+
+
+def _not_16_bit(parameters: Parameters) -> str | None:
+    bits = 8 * parameters.workload.dtype.itemsize
+    return None if bits == 16 else f"elements have {bits} bits"
+
+
+def _make_limits() -> list[Way]:
+    limits = []
+    for kind, job, traffic, text in (
+        ("read", "value", 1, "flat.sum()"),
+        ("update", "gradient", 3, "dst.add_(src)"),
+        ("rewrite", "prox", 2, "flat.mul_(1)"),
+    ):
+        limits += [
+            Way(text, "limit", _limits(kind, False), traffic, limit_of=job),
+            Way(f"{text} as float32", "limit", _limits(kind, True), traffic, _not_16_bit, job),
+        ]
+    return limits
+
+
+WAYS = {
+    way.name: way
+    for way in (
+        Way("loop", "gradient", peers.loop, {"l1": 10, "l2": 12, "elastic_net": 22}),
+        Way("foreach", "gradient", peers.foreach, {"l1": 8, "l2": 10, "elastic_net": 18}),
+        Way(
+            "foreach, no autograd",
+            "gradient",
+            peers.foreach_into_grad,
+            {"l1": 6, "l2": 4, "elastic_net": 10},
+        ),
+        Way("compile", "gradient", peers.compiled, 6, peers.compile_refuses),
+        Way(
+            "compile, no autograd",
+            "gradient",
+            peers.compiled_into_grad,
+            3,
+            peers.compile_refuses,
+        ),
+        Way("pyreg in the loss", "gradient", _loss, 6),
+        Way("pyreg accumulate_", "gradient", _accumulate, 3),
+        Way("pyreg prox_", "prox", _prox, 2),
+        Way("pyreg value", "value", _value, 1),
+        Way("pyreg stats", "value", _stats, 1),
+        *_make_limits(),
+    )
+}
+"""Every way by name, slowest kind first; a table keeps this order."""
+LIMITS = tuple(name for name, way in WAYS.items() if way.job == "limit")

@@ -1,0 +1,116 @@
+"""Named lists of parameter shapes, built from an architecture's numbers, and memory for them.
+
+A new workload is one function that yields (name, shape) and one line in WORKLOADS.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+Shapes = Iterator[tuple[str, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The parameters of a model, as names and shapes: no memory yet."""
+
+    name: str
+    title: str
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def elements(self) -> int:
+        return sum(math.prod(shape) for _, shape in self.shapes)
+
+    @property
+    def bytes(self) -> int:
+        """N"""
+        return self.elements * self.dtype.itemsize
+
+
+def gpt2(
+    layers: int = 12, width: int = 768, vocabulary: int = 50257, context: int = 1024
+) -> Shapes:
+    """GPT-2 with its output layer tied to the token embedding; weights as [in, out]."""
+    yield "wte.weight", (vocabulary, width)
+    yield "wpe.weight", (context, width)
+    for i in range(layers):
+        yield f"h.{i}.ln_1.weight", (width,)
+        yield f"h.{i}.ln_1.bias", (width,)
+        yield f"h.{i}.attn.c_attn.weight", (width, 3 * width)
+        yield f"h.{i}.attn.c_attn.bias", (3 * width,)
+        yield f"h.{i}.attn.c_proj.weight", (width, width)
+        yield f"h.{i}.attn.c_proj.bias", (width,)
+        yield f"h.{i}.ln_2.weight", (width,)
+        yield f"h.{i}.ln_2.bias", (width,)
+        yield f"h.{i}.mlp.c_fc.weight", (width, 4 * width)
+        yield f"h.{i}.mlp.c_fc.bias", (4 * width,)
+        yield f"h.{i}.mlp.c_proj.weight", (4 * width, width)
+        yield f"h.{i}.mlp.c_proj.bias", (width,)
+    yield "ln_f.weight", (width,)
+    yield "ln_f.bias", (width,)
+
+
+def many(tensors: int = 2000, elements: int = 1000) -> Shapes:
+    """Many small vectors: what is left is the cost per tensor."""
+    for i in range(tensors):
+        yield f"{i}", (elements,)
+
+
+WORKLOADS = {
+    w.name: w
+    for w in (
+        Workload("gpt2", "GPT-2 small, float32", tuple(gpt2())),
+        Workload("gpt2-bf16", "GPT-2 small, bfloat16", tuple(gpt2()), torch.bfloat16),
+        Workload("many", "2,000 tensors of 1,000, float32", tuple(many())),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """A workload in memory: parameters and their gradients, each in one flat tensor.
+
+    The limits of the machine are measured on the flat tensors, the ways on the views into them:
+    where the system put the pages changes a bandwidth by 10 %, and so it is the same for both.
+    """
+
+    workload: Workload
+    weights: Tensor  # flat
+    gradients: Tensor  # flat
+    tensors: list[nn.Parameter]  # views of weights; each .grad is the same view of gradients
+
+    @property
+    def named(self) -> list[tuple[str, Tensor]]:
+        names = (name for name, _ in self.workload.shapes)
+        return list(zip(names, self.tensors, strict=True))
+
+
+def allocate(workload: Workload, seed: int = 0, std: float = 0.02) -> Parameters:
+    """Weights ~ Normal(0, std), from the seed, and gradients of zeros; they exist from the start.
+
+    Each tensor begins at a multiple of 64 bytes, as torch's own do.
+    """
+    places, size = [], 0
+    step = 64 // workload.dtype.itemsize
+    for _, shape in workload.shapes:
+        places.append(size)
+        size += -(-math.prod(shape) // step) * step
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.zeros(size, dtype=workload.dtype)
+    gradients = torch.zeros(size, dtype=workload.dtype)
+    gradients.fill_(0)  # zeros() may share one page of zeros until it is written
+    tensors = []
+    for at, (_, shape) in zip(places, workload.shapes, strict=True):
+        place = slice(at, at + math.prod(shape))
+        weights[place].normal_(0.0, std, generator=generator)
+        parameter = nn.Parameter(weights[place].view(shape))
+        parameter.grad = gradients[place].view(shape)
+        tensors.append(parameter)
+    return Parameters(workload, weights, gradients, tensors)

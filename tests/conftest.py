@@ -1,0 +1,57 @@
+"""Fixtures that every test file may use."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+import pyreg
+from pyreg.dispatch import backend as backend_by_name
+
+sys.path.insert(0, str(Path(__file__).parent))  # for cases and oracle, under importlib mode
+
+# The same examples in every run: a red build must mean a changed program.
+settings.register_profile("pyreg", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("pyreg")
+
+
+@pytest.fixture(params=["native", "torch"])
+def backend(request):
+    """Run the test on each backend that this installation has."""
+    if (why := backend_by_name(request.param).missing()) is not None:
+        pytest.skip(why)
+    with pyreg.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def native():
+    """The compiled module; its settings and torch's thread count are put back afterwards."""
+    module = pytest.importorskip("pyreg._native")
+    threads, instruction_set = torch.get_num_threads(), module.instruction_set()
+    yield module
+    torch.set_num_threads(threads)
+    module.use_instruction_set(instruction_set)
+    module.use_exchange_api(True)
+
+
+@pytest.fixture(scope="session")
+def run_python():
+    """run_python(code) -> what it prints, from a fresh interpreter with this same pyreg."""
+
+    def run(code: str) -> str:
+        root = Path(pyreg.__file__).parents[1]
+        env = {**os.environ, "PYTHONPATH": str(root)}
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code], env=env, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run

@@ -1,0 +1,440 @@
+"""Bad input raises, names the parameter, and leaves everything as it was."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import pyreg
+
+
+def freed() -> torch.Tensor:
+    w = torch.ones(6)
+    w.untyped_storage().resize_(0)
+    return w
+
+
+def freed_view() -> torch.Tensor:
+    """Its pointer is not null: nothing plus an offset."""
+    base = torch.ones(20)
+    w = base[3:]
+    base.untyped_storage().resize_(0)
+    return w
+
+
+def quantised() -> torch.Tensor:
+    return torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
+
+
+BAD = [
+    (lambda: torch.ones(9, 6, dtype=torch.int64), "expected a floating tensor, got int64 [9, 6]"),
+    (lambda: torch.ones(2, dtype=torch.bool), "expected a floating tensor, got bool [2]"),
+    (lambda: torch.ones(2, dtype=torch.complex64), "expected a floating tensor, got complex64 [2]"),
+    (lambda: torch.ones(2, 2).to_sparse(), "expected a dense tensor, got layout torch.sparse_coo"),
+    (lambda: torch.eye(2).to_sparse_csr(), "expected a dense tensor, got layout torch.sparse_csr"),
+    (quantised, "expected a floating tensor, got qint8 [3]"),
+    (
+        lambda: torch.ones(3).to(torch.float8_e4m3fn),
+        "expected one of float32, float64, bfloat16, float16, got float8_e4m3fn [3]",
+    ),
+    (freed, "float32 [6] has no memory"),
+    (freed_view, "float32 [17] has no memory"),
+    (lambda: nn.LazyLinear(3).weight, "is not initialized yet"),
+]
+BAD_IDS = [
+    "int",
+    "bool",
+    "complex",
+    "sparse",
+    "csr",
+    "quantised",
+    "float8",
+    "freed",
+    "freed_view",
+    "lazy",
+]
+NOT_TENSORS = [
+    (None, "NoneType"),
+    (3.0, "float"),
+    ([1.0], "list"),
+    ("w", "str"),
+    (nn.ReLU(), "ReLU"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), BAD, ids=BAD_IDS)
+def test_a_tensor_that_cannot_be_penalised(make, message):
+    """By position in a list, by position and name in pairs, first or last; and in a Regularizer."""
+    good = torch.ones(3, requires_grad=True)
+    for items in ([good, make()], [make(), good]):
+        i = 1 if items[0] is good else 0
+        with pytest.raises((TypeError, ValueError)) as e:
+            pyreg.l1(items, 1.0)
+        assert str(e.value).startswith(f"params[{i}]: ")
+        assert message in str(e.value)
+        pairs = list(zip(("conv.bias", "fc.weight"), items, strict=True))
+        with pytest.raises((TypeError, ValueError)) as e:
+            pyreg.l1(pairs, 1.0)
+        assert str(e.value).startswith(f"params[{i}] ({pairs[i][0]!r}): ")
+        assert message in str(e.value)
+        with pytest.raises((TypeError, ValueError)) as e:
+            pyreg.Regularizer(pairs, pyreg.L1(1.0))
+        assert f"({pairs[i][0]!r})" in str(e.value)
+        assert message in str(e.value)
+
+
+@pytest.mark.parametrize(("thing", "name"), NOT_TENSORS, ids=lambda x: str(x)[:8])
+def test_not_a_tensor(thing, name):
+    """A list with something else among the tensors."""
+    message = f"expected a floating tensor, got {name}"
+    with pytest.raises(TypeError, match=re.escape(f"params[1]: {message}")):
+        pyreg.l1([torch.ones(2), thing], 1.0)
+    with pytest.raises(TypeError, match=re.escape(f"params[0] ('fc.weight'): {message}")):
+        pyreg.l1({"fc.weight": thing}, 1.0)
+
+
+def test_params_that_are_no_list_of_tensors():
+    for bad, message in [
+        ("weight", "expected a module or an iterable of tensors, got 'weight'"),
+        (b"weight", "expected a module or an iterable of tensors"),
+        (3, "expected a module or an iterable of tensors, got int"),
+        (None, "expected a module or an iterable of tensors, got NoneType"),
+    ]:
+        with pytest.raises(TypeError, match=re.escape(f"params: {message}")):
+            pyreg.l1(bad, 1.0)
+    with pytest.raises(TypeError, match=r"params\[1\]: .*\(name, tensor\) pair, got Tensor"):
+        pyreg.l1([("a", torch.ones(2)), torch.ones(2)], 1.0)
+    with pytest.raises(TypeError, match=r"params\[1\]: expected a floating tensor, got tuple"):
+        pyreg.l1([torch.ones(2), ("a", torch.ones(2))], 1.0)
+    with pytest.raises(TypeError, match=r"params\[0\]: .*\(name, tensor\) pair, got tuple"):
+        pyreg.l1([(torch.ones(2), "a")], 1.0)
+
+
+def test_meta_tensors():
+    """No memory, so no value to give: an error or a meta result, never a crash."""
+    value = pyreg.l1([torch.ones(3, device="meta")], 1.0)
+    assert value.device.type == "meta"
+
+
+STRENGTHS = [
+    (-1.0, ValueError),
+    (-1e-300, ValueError),
+    (math.nan, ValueError),
+    (math.inf, ValueError),
+    (True, TypeError),
+    ("1", TypeError),
+    (None, TypeError),
+    (1j, TypeError),
+    (torch.tensor([1.0]), TypeError),
+    (torch.tensor(1), TypeError),
+    (torch.tensor(-1.0), ValueError),
+    (torch.tensor(math.nan), ValueError),
+    (torch.tensor(math.inf), ValueError),
+]
+
+
+@pytest.mark.parametrize(("bad", "error"), STRENGTHS, ids=lambda x: str(x)[:14])
+def test_a_bad_strength(bad, error):
+    """Refused where it is given, naming the penalty's field."""
+    w = [torch.ones(2)]
+    for call, field in [
+        (lambda: pyreg.l1(w, bad), "L1.lam"),
+        (lambda: pyreg.l2(w, bad), "L2.lam"),
+        (lambda: pyreg.elastic_net(w, l1=bad, l2=1.0), "ElasticNet.l1"),
+        (lambda: pyreg.elastic_net(w, l1=1.0, l2=bad), "ElasticNet.l2"),
+        (lambda: pyreg.L1(bad), "L1.lam"),
+    ]:
+        with pytest.raises(error, match=re.escape(f"{field}: expected a")):
+            call()
+
+
+def test_numbers_that_are_good_strengths():
+    """0, integers, and what numpy calls a number."""
+    np = pytest.importorskip("numpy")
+    for good in (0, 2, 0.0, -0.0, np.float32(0.5), np.float64(0.5), np.int64(2)):
+        assert pyreg.l1([torch.ones(2)], good).item() == 2 * float(good)
+
+
+def test_a_strength_that_turns_bad():
+    """A tensor strength is looked at again when it is used: a schedule may have gone wrong."""
+    w, lam = torch.ones(3, requires_grad=True), torch.tensor(1.0)
+    reg = pyreg.Regularizer([("w", w)], pyreg.L1(lam))
+    w.grad = torch.zeros(3)
+    for bad in (-1.0, math.nan, math.inf):
+        lam.fill_(bad)
+        for call in (reg, reg.accumulate_, lambda: reg.prox_(0.1)):
+            with pytest.raises(ValueError, match="finite number >= 0"):
+                call()
+    assert w.tolist() == [1, 1, 1]
+    assert w.grad.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("bad", [-0.1, math.nan, math.inf, "1", True, torch.tensor([0.1]), None])
+def test_a_bad_step(bad):
+    w = torch.ones(3, requires_grad=True)
+    reg = pyreg.Regularizer([("w", w)], pyreg.L1(1.0))
+    with pytest.raises((TypeError, ValueError), match="step: expected a"):
+        reg.prox_(bad)
+    assert w.tolist() == [1, 1, 1]
+    if not isinstance(bad, torch.Tensor):  # the penalty's own prox takes a step per element
+        with pytest.raises((TypeError, ValueError), match="step: expected a"):
+            pyreg.L1(1.0).prox(w, bad)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_scale(bad):
+    """It would make every gradient NaN."""
+    w = torch.ones(3, requires_grad=True)
+    w.grad = torch.zeros(3)
+    with pytest.raises(ValueError, match="scale"):
+        pyreg.Regularizer([("w", w)], pyreg.L1(1.0)).accumulate_(bad)
+    assert w.grad.tolist() == [0, 0, 0]
+
+
+def test_not_a_penalty():
+    for bad in (None, 1e-5, pyreg.L1, "l1"):
+        with pytest.raises(TypeError, match="expected a"):
+            pyreg.penalty([torch.ones(2)], bad)
+        with pytest.raises(TypeError, match=r"rules\['\*'\]: expected a penalty"):
+            pyreg.Regularizer([("w", torch.ones(2))], {"*": bad})
+
+
+def test_unknown_backend(monkeypatch):
+    """By use_backend and by the environment; the message lists the known ones."""
+    message = "unknown backend 'cuda9'; expected one of auto, native, torch"
+    with pytest.raises(pyreg.BackendError, match=message), pyreg.use_backend("cuda9"):
+        pass
+    monkeypatch.setenv("PYREG_BACKEND", "cuda9")
+    with pytest.raises(pyreg.BackendError, match=f"PYREG_BACKEND: {message}"):
+        pyreg.l1([torch.ones(2)], 1.0)
+    with pyreg.use_backend("torch"):
+        assert pyreg.l1([torch.ones(2)], 1.0).item() == 2
+    for name in ("auto", "", "torch"):
+        monkeypatch.setenv("PYREG_BACKEND", name)
+        assert pyreg.l1([torch.ones(2)], 1.0).item() == 2
+
+
+def test_an_explicit_backend_that_cannot_serve(native, monkeypatch):
+    """It says why and which parameter; nothing was written. Auto falls back, and says so."""
+    strided, plain = torch.ones(6, requires_grad=True), torch.ones(2, requires_grad=True)
+    view = strided.detach()[::2].requires_grad_()
+    named = [("plain", plain), ("conv.weight", view)]
+    reg = pyreg.Regularizer(named, pyreg.L1(1.0))
+    plain.grad, view.grad = torch.zeros(2), torch.zeros(3)
+    why = "params[1] ('conv.weight') is not dense: shape [3], strides [2]"
+    why = f"backend 'native' cannot serve: {why}"
+    with pyreg.use_backend("native"):
+        sweeps = [reg, reg.accumulate_, lambda: reg.prox_(0.1), reg.stats]
+        for call in (lambda: pyreg.l1(named, 1.0), *sweeps):
+            with pytest.raises(pyreg.BackendError, match=re.escape(why)):
+                call()
+    monkeypatch.setenv("PYREG_BACKEND", "native")
+    with pytest.raises(pyreg.BackendError, match=re.escape(why)):
+        reg.accumulate_()
+    monkeypatch.delenv("PYREG_BACKEND")
+    assert not plain.grad.any()
+    assert not view.grad.any()
+    assert plain.tolist() == [1, 1]
+    assert "native: params[1] ('conv.weight') is not dense" in str(reg)
+    with (
+        pyreg.use_backend("native"),
+        pytest.raises(pyreg.BackendError, match=re.escape("inside a torch.func transform")),
+    ):
+        torch.func.grad(lambda t: pyreg.l1([t], 1.0))(torch.ones(2))
+
+
+def test_use_backend_nests_and_ends():
+    def name() -> str:
+        return pyreg.dispatch.requested()
+
+    with pyreg.use_backend("torch"):
+        with pyreg.use_backend("auto"):
+            assert name() == "auto"
+        assert name() == "torch"
+        with pytest.raises(ZeroDivisionError), pyreg.use_backend("auto"):
+            raise ZeroDivisionError
+        assert name() == "torch"
+    assert name() == "auto"
+
+
+def spoil(kind: str, net: nn.Module) -> tuple[str, str]:
+    """Make one parameter or gradient of a two-layer net bad: what the message must hold."""
+    w = net[1].weight
+    if kind == "sparse gradient":
+        w.grad = torch.ones(3, 4).to_sparse()
+        return "its gradient has layout torch.sparse_coo", "accumulate_"
+    if kind == "gradient of another dtype":
+        grad = torch.ones(3, 4)
+        w.data = w.data.double()
+        assert w.grad.dtype == grad.dtype
+        return "float64 [3, 4] on cpu has a gradient float32 [3, 4] on cpu", "accumulate_"
+    if kind == "gradient of another shape":
+        w.data = torch.ones(5)
+        return "float32 [5] on cpu has a gradient float32 [3, 4] on cpu", "accumulate_"
+    if kind == "expanded gradient":
+        w.grad = torch.ones(3, 1).expand(3, 4)
+        return "its gradient is expanded", "accumulate_"
+    if kind == "expanded parameter":
+        w.data = torch.ones(3, 1).expand(3, 4)
+        return "is expanded, shape [3, 4], strides [1, 0]", "prox_"
+    if kind == "freed parameter":
+        w.untyped_storage().resize_(0)
+        return "has no memory", "all"
+    if kind == "freed view":  # its pointer is nothing plus an offset
+        memory = torch.ones(20)
+        w.data = memory[3:15].view(3, 4)
+        memory.untyped_storage().resize_(0)
+        return "has no memory", "all"
+    if kind == "freed gradient":
+        w.grad.untyped_storage().resize_(0)
+        return "its gradient", "accumulate_"
+    if kind == "freed view as gradient":
+        memory = torch.ones(20)
+        w.grad = memory[3:15].view(3, 4)
+        memory.untyped_storage().resize_(0)
+        return "its gradient", "accumulate_"
+    if kind == "integer parameter":
+        w.requires_grad_(False)
+        w.data = torch.ones(3, 4, dtype=torch.int32)
+        return "expected a floating tensor, got int32 [3, 4]", "all frozen"
+    raise AssertionError(kind)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "sparse gradient",
+        "gradient of another dtype",
+        "gradient of another shape",
+        "expanded gradient",
+        "expanded parameter",
+        "freed parameter",
+        "freed view",
+        "freed gradient",
+        "freed view as gradient",
+        "integer parameter",
+    ],
+)
+@pytest.mark.parametrize("strided_too", [False, True])
+@pytest.mark.parametrize("warm", [True, False])
+def test_nothing_is_written_when_one_parameter_is_bad(kind, strided_too, warm):
+    """The parameters before and after a bad one keep their values and gradients, whether a cached
+    layout finds it or a new one, with one pack or two."""
+    net = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 3), nn.Linear(3, 2))
+    if strided_too:
+        net[0].weight.data = torch.randn(4, 4)[:, ::2]
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    reg = pyreg.Regularizer(net, pyreg.ElasticNet(0.5, 0.5), include_frozen=True)
+    if warm:
+        reg.accumulate_()
+        reg.prox_(0.01)
+        reg.stats()
+    others = [p for p in net.parameters() if p is not net[1].weight]
+    before = [(p.detach().clone(), p.grad.clone()) for p in others]
+    message, where = spoil(kind, net)
+    calls = [
+        call
+        for name, call in [("accumulate_", reg.accumulate_), ("prox_", lambda: reg.prox_(0.1))]
+        if where.startswith("all") or name == where
+    ]
+    assert calls
+    for call in calls:
+        with pytest.raises((TypeError, ValueError)) as error:
+            call()
+        assert "params[2] ('1.weight')" in str(error.value)
+        assert message in str(error.value)
+        for p, (data, grad) in zip(others, before, strict=True):
+            assert torch.equal(p, data)
+            assert torch.equal(p.grad, grad)
+
+
+@pytest.mark.parametrize("exchange_api", [True, False])
+def test_freed_far_into_a_storage(run_python, exchange_api):
+    """What FSDP does: parameters and gradients are views of one flat storage that comes and goes. A
+    freed one's pointer is null plus an offset of any size: an error, not a crash (hence the process
+    of its own), also when the layout knew the parameter at another offset; and it may come back."""
+    pytest.importorskip("pyreg._native")
+    printed = run_python(
+        "import torch, pyreg\n"
+        "from pyreg import _native\n"
+        f"_native.use_exchange_api({exchange_api})\n"
+        "n = 3_000_000\n"
+        "w = torch.nn.Parameter(torch.ones(100))\n"
+        "w.grad = torch.zeros(100)\n"
+        "reg = pyreg.Regularizer([('fc.weight', w)], pyreg.L1(1.0))\n"
+        "calls = [reg, reg.accumulate_, lambda: reg.prox_(0.1), reg.stats]\n"
+        "def refused(calls):\n"
+        "    for call in calls:\n"
+        "        try:\n"
+        "            call()\n"
+        "        except ValueError as error:\n"
+        "            assert \"params[0] ('fc.weight')\" in str(error), error\n"
+        "            assert 'memory' in str(error), error\n"
+        "        else:\n"
+        "            raise AssertionError('not refused')\n"
+        "flat = torch.ones(n)\n"
+        "for begin in (n - 100, 5, n // 2):\n"
+        "    w.data = torch.ones(100)\n"
+        "    [call() for call in calls]\n"
+        "    w.data = flat[begin : begin + 100]\n"
+        "    flat.untyped_storage().resize_(0)\n"
+        "    refused(calls)\n"
+        "    flat.untyped_storage().resize_(4 * n)\n"
+        "    flat.fill_(1.0)\n"
+        "    assert reg().item() == 100\n"
+        "    [call() for call in calls]\n"
+        "    flat.untyped_storage().resize_(0)\n"
+        "    refused(calls)\n"
+        "    flat.untyped_storage().resize_(4 * n)\n"
+        "    w.data = torch.ones(100)\n"
+        "    grads = torch.zeros(n)\n"
+        "    w.grad = grads[begin : begin + 100]\n"
+        "    reg.accumulate_()\n"
+        "    grads.untyped_storage().resize_(0)\n"
+        "    refused([reg.accumulate_])\n"
+        "    w.grad = torch.zeros(100)\n"
+        "print('alive')"
+    )
+    assert printed.strip() == "alive"
+
+
+def test_errors_do_not_spoil_the_next_call():
+    """After an error the same list, mended, works."""
+    w = nn.Parameter(torch.ones(3))
+    data = w.data
+    assert pyreg.l1([w], 1.0).item() == 3
+    w.data = torch.empty(0)
+    w.data = data.as_strided((3,), (1,))
+    assert pyreg.l1([w], 1.0).item() == 3
+    with pytest.raises(TypeError):
+        pyreg.l1([w, None], 1.0)
+    assert pyreg.l1([w], 1.0).item() == 3
+
+
+def test_a_reused_identity_is_checked_again():
+    """Lists are recognised by id(); a new object at an old address must not inherit a layout."""
+    for _ in range(200):
+        w = torch.ones(8)
+        assert pyreg.l1([w], 1.0).item() == 8
+        del w
+        w = torch.ones(8, dtype=torch.int32)
+        with pytest.raises(TypeError, match="got int32"):
+            pyreg.l1([w], 1.0)
+        del w
+        w = torch.ones(16)[::2]
+        assert pyreg.l1([w], 1.0).item() == 8
+        del w
+        w = torch.ones(8)
+        w.untyped_storage().resize_(0)
+        with pytest.raises(ValueError, match="has no memory"):
+            pyreg.l1([w], 1.0)
+        del w
+        w = torch._neg_view(torch.ones(8)).requires_grad_()
+        (g,) = torch.autograd.grad(pyreg.l1([w], 1.0), w)
+        assert (g == -1).all()
+        del w, g
