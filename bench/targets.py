@@ -47,8 +47,10 @@ def judge(rows: Sequence[Row], builds: Comparison | None) -> list[Verdict]:
         ),
         _faster(rows, "gpt2", "pyreg accumulate_", 25),
         _faster(rows, "gpt2", "pyreg in the loss", 8),
+        _faster(rows, "gpt2", "pyreg in the loss, no .grad", 8, "loop, no .grad"),
         _faster(rows, "many", "pyreg accumulate_", 100),
         _faster(rows, "many", "pyreg in the loss", 8),
+        _faster(rows, "many", "pyreg in the loss, no .grad", 8, "loop, no .grad"),
         _memory(rows, "pyreg accumulate_", 0),
         _memory(rows, "pyreg prox_", 0),
         _memory(rows, "pyreg stats", 0),
@@ -74,9 +76,11 @@ def _times_limit(rows: Sequence[Row], workload: str, way: str, limit: str, most:
     return _verdict(what, f"<= {most:.2f}", ratio, "{:.3f}", ratio is not None and ratio <= most)
 
 
-def _faster(rows: Sequence[Row], workload: str, way: str, least: float) -> Verdict:
-    ratio = _ratio(find(rows, workload, BOTH, "loop"), find(rows, workload, BOTH, way))
-    what = f"{workload}: loop (L1 + L2) / {way}"
+def _faster(
+    rows: Sequence[Row], workload: str, way: str, least: float, loop: str = "loop"
+) -> Verdict:
+    ratio = _ratio(find(rows, workload, BOTH, loop), find(rows, workload, BOTH, way))
+    what = f"{workload}: {loop} (L1 + L2) / {way}"
     return _verdict(what, f">= {least:g}", ratio, "{:.1f}", ratio is not None and ratio >= least)
 
 

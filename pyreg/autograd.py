@@ -100,7 +100,7 @@ class _Value(torch.autograd.Function):
         _, strengths = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
             return (None, *_differentiable_gradient(ctx, grad_output, strengths, rows))
-        grads = call.pack.flat_gradient()
+        grads = call.pack.flat_gradient(call.backend.new_buffer)
         if not all(wanted):
             grads = [g if w else None for g, w in zip(grads, wanted, strict=True)]
         if any(wanted):

@@ -85,13 +85,20 @@ def check(t: Any, name: str) -> None:
 
 def check_memory(t: Tensor, name: str) -> None:
     """Raise ValueError, naming the parameter, if the storage of `t` was freed."""
-    if not has_own_dispatch(t) and t.device.type != "meta" and t.numel() and not has_memory(t):
+    if is_freed(t):
         raise ValueError(f"{name}: {describe(t)} has no memory (its storage was freed or sharded)")
 
 
 def has_own_dispatch(t: Tensor) -> bool:
     """Whether `t` is a wrapper (DTensor, a fake tensor, ...) whose memory is not its own."""
     return type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def is_freed(t: Tensor) -> bool:
+    """Whether `t` has elements of its own but no memory for them."""
+    if has_own_dispatch(t) or t.device.type == "meta" or t.numel() == 0:
+        return False
+    return not has_memory(t)
 
 
 def has_memory(t: Tensor) -> bool:
@@ -178,13 +185,19 @@ class Pack:
             size += -(-shape.numel() * dtype.itemsize // 64) * 64
         return size, places
 
-    def flat_gradient(self) -> list[Tensor]:
+    def new_buffer(self, size: int) -> Tensor:
+        """So many bytes on the pack's device."""
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def flat_gradient(
+        self, new_buffer: Callable[[Pack, int], Tensor] | None = None
+    ) -> list[Tensor]:
         """A tensor per row, uninitialized, with the row's shape and strides: views of one buffer.
 
-        Each begins at a multiple of 64 bytes.
+        Each begins at a multiple of 64 bytes. `new_buffer(pack, bytes)` makes the buffer.
         """
         size, places = self._places
-        buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
+        buffer = (new_buffer or Pack.new_buffer)(self, size)
         view = {dtype: buffer.view(dtype).as_strided for dtype in {place[0] for place in places}}
         return [view[dtype](shape, strides, at) for dtype, shape, strides, at in places]
 

@@ -175,7 +175,7 @@ def test_an_in_place_change_before_backward_raises(changed):
     assert "inplace" in str(error.value) or "in-place" in str(error.value)
     if pyreg.backends()[0].available:
         assert f"params[{changed}] ({names[changed]!r})" in str(error.value)
-    assert all(p.grad is None for p in net.parameters())
+        assert all(p.grad is None for p in net.parameters())
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
@@ -471,8 +471,8 @@ def test_nan_and_infinity_reach_value_and_gradient(backend):
 
 
 def test_parameters_replaced_before_backward():
-    """p.data = ... between forward and backward. Of the same kind: like torch, pyreg does not notice
-    and uses the new numbers. Of another dtype or shape: an error. Never a crash."""
+    """p.data = ... between forward and backward. Of the same kind: as in torch, nobody notices, and
+    the new numbers are used. Of another dtype or shape: an error. Never a crash."""
     pytest.importorskip("pyreg._native")
     (w,) = leaves(2000)
     value = pyreg.l1([w], 0.5)

@@ -353,6 +353,24 @@ def test_nothing_is_written_when_one_parameter_is_bad(kind, strided_too, warm):
             assert torch.equal(p.grad, grad)
 
 
+@pytest.mark.parametrize("strided", [True, False])
+def test_freed_after_a_call(strided):
+    """Each backend looks at the storage again at every call."""
+    for name in ("auto", "torch"):
+        w = nn.Parameter(torch.ones(8)[::2] if strided else torch.ones(4))
+        w.grad = torch.zeros(4)
+        reg = pyreg.Regularizer([("fc.weight", w)], pyreg.L1(1.0))
+        calls = [reg, reg.accumulate_, reg.stats, lambda reg=reg: reg.prox_(0.1)]
+        calls.append(lambda w=w: pyreg.l1({"fc.weight": w}, 1.0))
+        with pyreg.use_backend(name):
+            for call in calls:
+                call()
+            w.untyped_storage().resize_(0)
+            for call in calls:
+                with pytest.raises(ValueError, match=r"params\[0\] \('fc.weight'\): .*no memory"):
+                    call()
+
+
 @pytest.mark.parametrize("exchange_api", [True, False])
 def test_freed_far_into_a_storage(run_python, exchange_api):
     """What FSDP does: parameters and gradients are views of one flat storage that comes and goes. A

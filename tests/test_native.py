@@ -355,11 +355,11 @@ def test_accuracy_on_constants(dtype, constant):
 
 
 def test_more_than_2_to_31_elements():
-    """2^31 + 5000 elements: those at the end, past any 32-bit index, are counted.
+    """Elements past any 32-bit index are counted, also those of segments that begin there.
 
     Private anonymous memory reads as zeros without being there: only the touched pages exist.
     """
-    n = 2**31 + 5000
+    n = 2**31 + 2_000_000  # a segment has some 530,000
     memory = mmap.mmap(-1, 2 * n, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     w = torch.frombuffer(memory, dtype=torch.bfloat16)
     w[-4000:] = -2.0

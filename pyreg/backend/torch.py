@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..pack import Pack
+from ..pack import Pack, StaleLayout, is_freed
 from ..penalties import Penalty
 
 
@@ -26,6 +26,8 @@ class TorchBackend:
 
     def check(self, pack: Pack, tensors: Sequence[Tensor]) -> None:
         pack.check_rows(tensors)
+        if any(map(is_freed, tensors)):
+            raise StaleLayout
 
     def differentiable_value(
         self, pack: Pack, tensors: Sequence[Tensor], rules: Sequence[Penalty]

@@ -117,7 +117,7 @@ def _overhead_table(console: Console, title: str, rows: Sequence[Row]) -> None:
     for row in rows:
         if row.note:
             console.print(Text(f"{row.way}: {row.note}"))
-        elif row.way == "compile" and row.first_seconds > 1:
+        elif row.way == "compile" and row.first_seconds > 5:
             seconds = f"{row.first_seconds:.0f} s"
             console.print(Text(f"compile: the first run, which compiles, took {seconds}"))
 

@@ -1,7 +1,8 @@
 """The ways to regularize: what each computes, how it runs once, and the traffic it should take.
 
 gradient   value, and gradient added into gradients that exist (a later micro-batch, or
-           `zero_grad(set_to_none=False)`), so that all of these ways do the same work
+           `zero_grad(set_to_none=False)`), so that all of these ways do the same work; the ways
+           named "..., no .grad" start from `zero_grad()`, where autograd keeps what it computed
 value      the value alone
 prox       the proximal step, in place
 limit      one torch operation on the same memory that does no more than move it
@@ -50,6 +51,31 @@ def _loss(parameters: Parameters, penalty: Penalty) -> Run:
         return value
 
     return run
+
+
+def _no_grad_yet(prepare: Callable[[Parameters, Penalty], Run]) -> Callable[..., Run]:
+    """The same way with every .grad None, as zero_grad() leaves it; dropping them is timed too."""
+
+    def prepare_fresh(parameters: Parameters, penalty: Penalty) -> Run:
+        inner, tensors = prepare(parameters, penalty), parameters.tensors
+        kept = [p.grad for p in tensors]
+        checked = False
+
+        def run() -> Tensor | None:
+            nonlocal checked
+            for p in tensors:
+                p.grad = None
+            value = inner()
+            if not checked:  # the first run is: its result is looked for in the kept gradients
+                checked = True
+                torch._foreach_copy_(kept, [p.grad for p in tensors])
+            for p, grad in zip(tensors, kept, strict=True):
+                p.grad = grad
+            return value
+
+        return run
+
+    return prepare_fresh
 
 
 def _accumulate(parameters: Parameters, penalty: Penalty) -> Run:
@@ -131,6 +157,12 @@ WAYS = {
     way.name: way
     for way in (
         Way("loop", "gradient", peers.loop, {"l1": 10, "l2": 12, "elastic_net": 22}),
+        Way(
+            "loop, no .grad",
+            "gradient",
+            _no_grad_yet(peers.loop),
+            {"l1": 7, "l2": 9, "elastic_net": 19},
+        ),
         Way("foreach", "gradient", peers.foreach, {"l1": 8, "l2": 10, "elastic_net": 18}),
         Way(
             "foreach, no autograd",
@@ -147,6 +179,7 @@ WAYS = {
             peers.compile_refuses,
         ),
         Way("pyreg in the loss", "gradient", _loss, 6),
+        Way("pyreg in the loss, no .grad", "gradient", _no_grad_yet(_loss), 3),
         Way("pyreg accumulate_", "gradient", _accumulate, 3),
         Way("pyreg prox_", "prox", _prox, 2),
         Way("pyreg value", "value", _value, 1),
