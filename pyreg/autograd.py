@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from . import reference
+from . import ops, reference
 from .backend.torch import TorchBackend
 from .dispatch import BackendError, choose, requested
-from .pack import Label, Pack, Packs, check
+from .pack import Label, Pack, Packs, StaleLayout, check, geometry, is_freed
 from .penalties import Penalty, check_strengths, rules_of, stack_strengths, unstack_strengths
 from .sweeps import add_values
 
@@ -31,7 +32,15 @@ def value(packs: Packs, tensors: list[Tensor], rules: Sequence[Penalty], label: 
     For eager mode; while torch.compile traces, `ops.value` takes its place.
     """
     check_strengths(rules)
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._len_torch_dispatch_stack():  # make_fx, fake tensors, ...
+        for i, t in enumerate(tensors):
+            check(t, label(i))
+        return ops.value(tensors, rules, packs.rule_of)
+    if (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+    ):
         return _transformed_value(packs, tensors, rules, label)
 
     def sweep(current: list[Pack]) -> Tensor:
@@ -90,6 +99,8 @@ class _Value(torch.autograd.Function):
         anchor = next((t for t, wanted in zip(rows, ctx.wanted, strict=True) if wanted), None)
         ctx.save_for_backward(anchor, strengths)
         ctx.versions = _versions(rows, ctx.wanted)
+        if strengths is not None:  # a double backward reads every row again, frozen ones too
+            ctx.all_versions = list(map(_version, rows))
         return value
 
     @staticmethod
@@ -99,12 +110,17 @@ class _Value(torch.autograd.Function):
             raise RuntimeError(_modified(call, now, ctx.versions))
         _, strengths = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
+            if strengths is not None and (now := list(map(_version, rows))) != ctx.all_versions:
+                raise RuntimeError(_modified(call, now, ctx.all_versions))
             return (None, *_differentiable_gradient(ctx, grad_output, strengths, rows))
         grads = call.pack.flat_gradient(call.backend.new_buffer)
         if not all(wanted):
             grads = [g if w else None for g, w in zip(grads, wanted, strict=True)]
         if any(wanted):
-            call.backend.gradient(call.pack, rows, grads, call.rules, grad_output)
+            try:
+                call.backend.gradient(call.pack, rows, grads, call.rules, grad_output)
+            except StaleLayout:
+                raise RuntimeError(_replaced(call, rows)) from None
         grad_strengths = None
         if ctx.needs_input_grad[1]:
             sums = torch.as_tensor(ctx.sums, dtype=torch.float64, device=strengths.device)
@@ -125,6 +141,15 @@ def _modified(call: _Call, now: list[int], before: list[int]) -> str:
         f"{call.label(call.pack.rows[i])}: needed for the penalty's gradient, but modified by an "
         f"inplace operation between forward and backward: it is at version {now[i]}, expected "
         f"version {before[i]}"
+    )
+
+
+def _replaced(call: _Call, rows: list[Tensor]) -> str:
+    changed = (i for i, t in enumerate(rows) if is_freed(t) or geometry(t) != call.pack.geometry[i])
+    i = next(changed, 0)
+    return (
+        f"{call.label(call.pack.rows[i])}: needed for the penalty's gradient, but its data was "
+        "replaced by another kind, or freed, between forward and backward"
     )
 
 
@@ -157,9 +182,11 @@ def _differentiable_gradient(
 def _transformed_value(
     packs: Packs, tensors: list[Tensor], rules: Sequence[Penalty], label: Label
 ) -> Tensor:
-    """Under grad, vmap, ... of torch.func: the formulas, which every transform understands."""
+    """Under torch.func, forward-mode AD and torch.jit.trace: the formulas, which all understand."""
     if (name := requested()) not in ("auto", "torch"):
-        raise BackendError(f"backend {name!r} cannot serve: inside a torch.func transform")
+        raise BackendError(
+            f"backend {name!r} cannot serve: inside a torch.func transform, forward-mode AD or torch.jit.trace"
+        )
     for i, t in enumerate(tensors):
         check(t, label(i))
     terms = [rules[r].value(t) for r, t in zip(packs.rule_of, tensors, strict=True)]

@@ -98,6 +98,8 @@ def is_freed(t: Tensor) -> bool:
     """Whether `t` has elements of its own but no memory for them."""
     if has_own_dispatch(t) or t.device.type == "meta" or t.numel() == 0:
         return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(t):
+        return False
     return not has_memory(t)
 
 
@@ -132,7 +134,7 @@ def irregular(t: Tensor) -> str | None:
 
 
 def check_writable(t: Tensor, name: str) -> None:
-    """Raise unless each element of `t` has a place of its own in memory."""
+    """Raise if `t` is expanded, which no operation can write in place."""
     if any(stride == 0 and size > 1 for size, stride in zip(t.shape, t.stride(), strict=True)):
         raise ValueError(
             f"{name} is expanded, shape {list(t.shape)}, strides {list(t.stride())}: "
@@ -150,6 +152,11 @@ def check_gradient(grad: Tensor, t: Tensor, name: str) -> None:
         raise ValueError(
             f"{name}: {describe(t)} on {t.device} has a gradient {describe(grad)} on {grad.device}"
         )
+
+
+def geometry(t: Tensor) -> tuple[torch.dtype, torch.Size, tuple[int, ...]]:
+    """What a pack records of a row."""
+    return t.dtype, t.shape, t.stride()
 
 
 @dataclass(eq=False)
@@ -172,8 +179,9 @@ class Pack:
 
     def check_rows(self, tensors: Sequence[Tensor]) -> None:
         """Raise StaleLayout unless the rows are what they were."""
-        now = [(t.dtype, t.shape, t.stride()) for t in tensors]
-        if now != self.geometry or any(t.device != self.device for t in tensors):
+        if list(map(geometry, tensors)) != self.geometry or any(
+            t.device != self.device for t in tensors
+        ):
             raise StaleLayout
 
     @cached_property
@@ -223,7 +231,7 @@ def build(
             pack = packs[key] = Pack(t.device, [], [], penalties, [], why)
         pack.rows.append(i)
         pack.rule_of.append(rule_of[i])
-        pack.geometry.append((t.dtype, t.shape, t.stride()))
+        pack.geometry.append(geometry(t))
     devices = list(dict.fromkeys(device for device, _ in packs))
     return sorted(packs.values(), key=lambda p: (devices.index(p.device), p.irregular is not None))
 
@@ -234,9 +242,9 @@ def _plainly_fine(t: Tensor) -> bool:
         t.dtype in SWEPT_DTYPES
         and t.layout == torch.strided
         and t.device.type in ("cpu", "cuda")
-        and (t.data_ptr() != 0 or t.numel() == 0)
-        and t.storage_offset() == 0
         and t.is_contiguous()
+        and t.storage_offset() == 0
+        and t.untyped_storage().nbytes() >= t.nbytes
     )
 
 

@@ -1,6 +1,6 @@
 """The penalties as small frozen dataclasses: names, hyper-parameters and their checks.
 
-The maths is in `pyreg.reference`; the native forms are in `csrc/penalties.h` and `triton_kernels`.
+The maths is in `pyreg.reference`; the native forms are in `csrc/penalties.h`.
 A strength is a number >= 0, or a 0-dim floating tensor of that range (a schedule that changes it in
 place, or a learnable strength, which then receives its gradient).
 """
@@ -39,9 +39,16 @@ def check_strength(name: str, s: Strength) -> Strength:
         raise TypeError(f"{name}: expected a number or a 0-dim floating tensor, got {s!r}")
     if isinstance(s, torch.SymFloat):
         return s
-    s = float(s)
+    s = _as_float(name, s)
     _check_number(name, s)
     return s
+
+
+def _as_float(name: str, x: Real) -> float:
+    try:
+        return float(x)
+    except OverflowError:
+        raise ValueError(f"{name}: expected a finite number, got one beyond float64") from None
 
 
 def check_strengths(rules: Sequence[Penalty]) -> None:
@@ -55,11 +62,14 @@ def check_strengths(rules: Sequence[Penalty]) -> None:
 def check_scale(scale: Strength) -> None:
     """Raise unless `scale` is a finite number, of any sign, or a 0-dim tensor."""
     if isinstance(scale, Tensor):
-        if scale.ndim != 0:
-            raise TypeError(f"scale: expected a number or a 0-dim tensor, got {list(scale.shape)}")
+        if scale.ndim != 0 or not scale.is_floating_point():
+            got = f"{str(scale.dtype).removeprefix('torch.')} {list(scale.shape)}"
+            raise TypeError(f"scale: expected a number or a 0-dim floating tensor, got {got}")
+        if scale.device.type == "cpu" and not math.isfinite(scale.item()):
+            raise ValueError(f"scale: expected a finite number, got {scale.item()!r}")
     elif isinstance(scale, bool) or not isinstance(scale, Real):
         raise TypeError(f"scale: expected a number or a 0-dim tensor, got {scale!r}")
-    elif not math.isfinite(scale):
+    elif not math.isfinite(_as_float("scale", scale)):
         raise ValueError(f"scale: expected a finite number, got {scale!r}")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import autograd, ops, sweeps
 from .coverage import Coverage, Covered, resolve
 from .dispatch import choose
-from .pack import Packs, check, check_memory, label
+from .pack import Packs, check, check_gradient, check_memory, label
 from .penalties import Penalty, check_scale, check_strength
 from .stats import Stats
 
@@ -65,11 +65,16 @@ class Regularizer:
         include_frozen: bool = False,
         strict: bool = True,
     ) -> None:
+        if not isinstance(rules, Penalty | Mapping):
+            raise TypeError(f"rules: expected {{pattern: penalty}} or a penalty, got {rules!r}")
         self.rules = {"*": rules} if isinstance(rules, Penalty) else dict(rules)
         for pattern, penalty in self.rules.items():
+            _check_pattern(pattern, "rules")
             if not isinstance(penalty, Penalty):
                 raise TypeError(f"rules[{pattern!r}]: expected a penalty, got {penalty!r}")
-        self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude or ())
+        for pattern in self.exclude:
+            _check_pattern(pattern, "exclude")
         self.include_frozen = include_frozen
         self.strict = strict
         self._penalties = tuple(self.rules.values())
@@ -116,6 +121,9 @@ class Regularizer:
         if not group.tensors:
             return self._zero()
         if create_grads:
+            for i, t in enumerate(group.tensors):
+                if t.grad is not None:
+                    check_gradient(t.grad, t, group.label(i))
             for t in group.tensors:
                 if t.grad is None:
                     t.grad = torch.zeros_like(t)
@@ -210,14 +218,18 @@ class Regularizer:
         return self._active_group
 
     def _traced(self) -> Tensor:
-        """The value while torch.compile traces: no caches, no look at the module."""
+        """The value while torch.compile traces: no caches; it guards the module's parameters."""
         group = self._covered
-        active = [i for i, t in enumerate(group.tensors) if self.include_frozen or t.requires_grad]
+        tensors = group.tensors
+        if self._model is not None:
+            now = dict(self._model.named_parameters())
+            tensors = [now[name] for name in group.names]
+        active = [i for i, t in enumerate(tensors) if self.include_frozen or t.requires_grad]
         if not active:
             return self._zero()
         rule_of = group.packs.rule_of
         return ops.value(
-            [group.tensors[i] for i in active], self._penalties, [rule_of[i] for i in active]
+            [tensors[i] for i in active], self._penalties, [rule_of[i] for i in active]
         )
 
     def _zero(self) -> Tensor:
@@ -238,7 +250,14 @@ def _slots(model: nn.Module, names: Iterable[str]) -> list[tuple[dict, str, obje
     return list(slots.values())
 
 
+def _check_pattern(pattern: object, where: str) -> None:
+    if not isinstance(pattern, str):
+        raise TypeError(f"{where}: expected a pattern, got {pattern!r}")
+
+
 def _pairs(model: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    if not isinstance(model, Iterable):
+        raise TypeError(f"model: expected a module or (name, tensor) pairs, got {model!r}")
     pairs = list(model.items() if isinstance(model, Mapping) else model)
     for i, pair in enumerate(pairs):
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):

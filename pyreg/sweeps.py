@@ -113,7 +113,7 @@ def stats(packs: Packs, tensors: list[Tensor], label: Label) -> Tensor:
     """[tensors, 5] float64, the columns of `reference.stats`. Reads N."""
 
     def sweep(current: list[Pack]) -> Tensor:
-        out = torch.empty(len(tensors), 5, dtype=torch.float64)
+        out = torch.empty(len(tensors), 5, dtype=torch.float64, device="cpu")
         for pack, backend, rows in _prepare(current, tensors):
             out[pack.rows] = backend.stats(pack, rows).cpu()
         return out

@@ -456,3 +456,49 @@ def test_a_reused_identity_is_checked_again():
         (g,) = torch.autograd.grad(pyreg.l1([w], 1.0), w)
         assert (g == -1).all()
         del w, g
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf])
+def test_a_scale_that_is_a_bad_tensor(scale):
+    """Nothing is written."""
+    w = nn.Parameter(torch.ones(3))
+    w.grad = torch.zeros(3)
+    with pytest.raises(ValueError, match="scale"):
+        pyreg.Regularizer({"w": w}, pyreg.L1(1.0)).accumulate_(torch.tensor(scale))
+    assert (w.grad == 0).all()
+
+
+def test_a_storage_that_is_too_small():
+    w = torch.ones(1000)
+    w.untyped_storage().resize_(32)
+    with pytest.raises(ValueError, match=r"params\[0\] \('fc.weight'\): .*no memory"):
+        pyreg.l1({"fc.weight": w}, 1.0)
+
+
+def test_no_gradient_is_created_when_another_is_bad():
+    good, bad = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    bad.grad = torch.ones(3).to_sparse()
+    reg = pyreg.Regularizer({"good": good, "bad": bad}, pyreg.L1(1.0))
+    with pytest.raises(TypeError, match="'bad'"):
+        reg.accumulate_(create_grads=True)
+    assert good.grad is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((nn.Linear(1, 1), None), "rules"),
+        ((None, pyreg.L1(1.0)), "model"),
+        ((nn.Linear(1, 1), {3: pyreg.L1(1.0)}), "rules"),
+    ],
+)
+def test_regularizer_arguments_of_the_wrong_kind(arguments, message):
+    with pytest.raises(TypeError, match=f"^{message}: expected"):
+        pyreg.Regularizer(*arguments)
+    with pytest.raises(TypeError, match=r"^exclude: expected a pattern, got 3"):
+        pyreg.Regularizer(nn.Linear(1, 1), pyreg.L1(1.0), exclude=[3])
+
+
+def test_a_strength_beyond_float64():
+    with pytest.raises(ValueError, match=r"L1\.lam: .*beyond float64"):
+        pyreg.L1(10**400)

@@ -188,3 +188,15 @@ def test_the_ops_compute_what_eager_computes():
             dtype=torch.float64,
         ),
     )
+
+
+def test_a_compiled_regularizer_sees_a_replaced_parameter():
+    net = torch.nn.Linear(4, 3)
+    reg = pyreg.Regularizer(net, pyreg.L1(1.0))
+    compiled = torch.compile(lambda: reg(), fullgraph=True, backend="aot_eager")
+    compiled()
+    net.weight = torch.nn.Parameter(torch.full((3, 4), 5.0))
+    value = compiled()
+    value.backward()
+    torch.testing.assert_close(value, 60 + net.bias.abs().sum())
+    assert (net.weight.grad == 1).all()

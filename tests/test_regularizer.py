@@ -552,3 +552,25 @@ def test_resident_memory(run_python):
         "print(peak() - before)"
     )
     assert int(rise) <= 1024  # KiB
+
+
+def test_the_default_device_is_not_the_parameters():
+    """Values and stats lie where the parameters do."""
+    w = nn.Parameter(torch.ones(3))
+    w.grad = torch.zeros(3)
+    reg = pyreg.Regularizer({"w": w}, pyreg.L1(1.0))
+    with torch.device("meta"):
+        results = [pyreg.l1([w], 1.0), reg(), reg.accumulate_()]
+        assert reg.stats().total()["l1"] == 3.0
+    assert [r.item() for r in results] == [3.0] * 3
+
+
+def test_inside_functional_call():
+    """The module holds other tensors there, wrapped ones under torch.func.grad."""
+    net = nn.Linear(2, 2)
+    reg = pyreg.Regularizer(net, pyreg.L2(0.5))
+    net.forward = lambda: reg()
+    params = {name: p.detach() for name, p in net.named_parameters()}
+    grads = torch.func.grad(lambda p: torch.func.functional_call(net, p, ()))(params)
+    for name, p in params.items():
+        torch.testing.assert_close(grads[name], p)

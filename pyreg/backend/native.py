@@ -85,7 +85,7 @@ class NativeBackend:
         value, sums = self._sweep("value", pack, tensors, self._strengths(rules))
         width = load().max_sums
         rows = [sums[i : i + width] for i in range(0, len(sums), width)]
-        return torch.tensor(value, dtype=torch.float64), rows
+        return torch.tensor(value, dtype=torch.float64, device=pack.device), rows
 
     def gradient(
         self,
@@ -104,7 +104,7 @@ class NativeBackend:
         value, present, others = self._sweep("accumulate", pack, tensors, strengths, float(scale))
         for i in others:
             add_gradient(rules[pack.rule_of[i]], tensors[i], scale)
-        return torch.tensor(value, dtype=torch.float64), present
+        return torch.tensor(value, dtype=torch.float64, device=pack.device), present
 
     def prox(
         self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty], step: float | Tensor
@@ -113,4 +113,5 @@ class NativeBackend:
         torch.autograd.graph.increment_version(tensors)
 
     def stats(self, pack: Pack, tensors: list[Tensor]) -> Tensor:
-        return torch.tensor(self._sweep("stats", pack, tensors), dtype=torch.float64).view(-1, 5)
+        rows = self._sweep("stats", pack, tensors)
+        return torch.tensor(rows, dtype=torch.float64, device=pack.device).view(-1, 5)
