@@ -185,7 +185,7 @@ def _transformed_value(
     """Under torch.func, forward-mode AD and torch.jit.trace: the formulas, which all understand."""
     if (name := requested()) not in ("auto", "torch"):
         raise BackendError(
-            f"backend {name!r} cannot serve: inside a torch.func transform, forward-mode AD or torch.jit.trace"
+            f"backend {name!r} cannot serve inside torch.func, forward-mode AD or torch.jit.trace"
         )
     for i, t in enumerate(tensors):
         check(t, label(i))
