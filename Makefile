@@ -6,6 +6,7 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+# (Triton's kernels run on CPU tensors, in an interpreter that must be asked for before the import.)
 NATIVE_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name 'CMakeLists.txt')
 CXX_FOUND := $(shell command -v $${CXX:-c++} || command -v g++ || command -v clang++)
 export PATH := $(abspath $(VENV))/bin:$(PATH)
@@ -17,6 +18,8 @@ demo: $(VENV)/built
 
 test: $(VENV)/built ctest
 	$(PY) -P -m pytest --import-mode=importlib -m "not wheel"
+	TRITON_INTERPRET=1 $(PY) -P -m pytest --import-mode=importlib \
+		tests/test_triton_kernels.py tests/test_triton_backend.py
 
 # The C++ tests of csrc by itself.
 ctest: $(VENV)/installed

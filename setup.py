@@ -54,7 +54,9 @@ class CMakeBuild(build_ext):
 NATIVE = Extension("pyreg._native", sources=[], optional=MODE == "auto")
 
 setup(
-    packages=find_packages(include=["pyreg", "pyreg.*"]),
+    # Not a top-level package: Triton's own project ships one of that name.
+    packages=[*find_packages(include=["pyreg", "pyreg.*"]), "pyreg.triton_kernels"],
+    package_dir={"pyreg.triton_kernels": "triton_kernels"},
     ext_modules=[] if MODE == "none" else [NATIVE],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from .pack import Pack
 
-_CLASSES = {"native": "NativeBackend", "torch": "TorchBackend"}  # fastest first
+# Fastest first.
+_CLASSES = {"native": "NativeBackend", "triton": "TritonBackend", "torch": "TorchBackend"}
 _requested: ContextVar[str | None] = ContextVar("pyreg_backend", default=None)
 
 
@@ -68,7 +69,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Within the block, sweep with this backend and no other ("auto" lifts that again).
 
     Args:
-        name: "native", "torch" or "auto".
+        name: "native", "triton", "torch" or "auto".
 
     Raises:
         BackendError: the name is unknown, or the backend is not available. A sweep inside the
@@ -98,7 +99,7 @@ def choose(pack: Pack) -> Choice:
     name = requested()
     if name != "auto":
         b = backend(name)
-        if (why := b.missing() or b.refuses(pack)) is not None:
+        if (why := b.missing() or b.refuses(pack, by_name=True)) is not None:
             raise BackendError(f"backend {name!r} cannot serve: {why}")
         return Choice(b, "asked for by name")
     passed = []

@@ -1,8 +1,8 @@
 """The penalties as small frozen dataclasses: names, hyper-parameters and their checks.
 
-The maths is in `pyreg.reference`; the native forms are in `csrc/penalties.h`.
-A strength is a number >= 0, or a 0-dim floating tensor of that range (a schedule that changes it in
-place, or a learnable strength, which then receives its gradient).
+The maths is in `pyreg.reference`; the native forms are in `csrc/penalties.h` and
+`triton_kernels/penalties.py`. A strength is a number >= 0, or a 0-dim floating tensor of that range
+(a schedule that changes it in place, or a learnable strength, which then receives its gradient).
 """
 
 from __future__ import annotations

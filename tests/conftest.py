@@ -48,6 +48,7 @@ def run_python():
     def run(code: str) -> str:
         root = Path(pyreg.__file__).parents[1]
         env = {**os.environ, "PYTHONPATH": str(root)}
+        env.pop("TRITON_INTERPRET", None)
         done = subprocess.run(
             [sys.executable, "-P", "-c", code], env=env, capture_output=True, text=True, check=False
         )

@@ -42,3 +42,21 @@ def test_an_unknown_command_is_a_usage_error(capsys):
     with pytest.raises(SystemExit) as error:
         cli.main(["nonsense"])
     assert error.value.code == 2
+
+
+def test_triton_without_a_gpu_says_so(run_python):
+    """The reason, from backends() and from asking by name."""
+    code = """
+import os, torch, pyreg
+torch.cuda.is_available = lambda: False
+triton = {b.name: b for b in pyreg.backends()}["triton"]
+print(triton.available, triton.detail)
+try:
+    pyreg.use_backend("triton").__enter__()
+except pyreg.BackendError as error:
+    print(error)
+"""
+    pytest.importorskip("triton")
+    out = run_python(code)
+    assert "False no GPU" in out
+    assert "backend 'triton' is not available: no GPU" in out

@@ -24,7 +24,7 @@ LAYERS = [
     ["ops"],
     ["sweeps"],
     ["dispatch"],
-    ["backend.native"],
+    ["backend.native", "backend.triton"],
     ["backend.torch"],
     ["pack", "coverage", "stats"],
     ["penalties", "text"],
@@ -47,6 +47,8 @@ def test_every_penalty_has_its_blocks(name):
     native = pytest.importorskip("pyreg._native")
     assert name in native.penalties, f"{name}: no struct in csrc/penalties.h: PYREG_PENALTIES"
     assert len(cls.parameters) <= native.max_strengths, f"{name}: csrc/penalties.h: kMaxStrengths"
+    triton = pytest.importorskip("pyreg.triton_kernels")
+    assert name in triton.PENALTIES, f"{name}: no block in triton_kernels/penalties.py: PENALTIES"
 
 
 def test_nothing_is_left_over():

@@ -3,7 +3,8 @@
 A backend has
 
 - `name`; `missing()`: why it cannot be used at all, or None; `version()`: for `pyreg doctor`;
-- `refuses(pack)`: why it cannot sweep this pack, or None;
+- `refuses(pack, by_name)`: why it cannot (or, unless asked for by name, should not) sweep this
+  pack, or None;
 - `check(pack, tensors)`: raises StaleLayout if the tensors are not what the pack recorded;
 - the sweeps, over `tensors` = the pack's rows and `rules` = the penalties, in the order of
   `pack.penalties`. Each may raise StaleLayout, before anything is written:

@@ -38,7 +38,7 @@ class NativeBackend:
         threads = "OpenMP" if native.has_openmp() else "one thread"
         return f"CPU, {native.instruction_set()}, {threads}"
 
-    def refuses(self, pack: Pack) -> str | None:
+    def refuses(self, pack: Pack, by_name: bool = False) -> str | None:
         if pack.irregular is not None:
             return pack.irregular
         if pack.device.type != "cpu":

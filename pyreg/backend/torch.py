@@ -21,7 +21,7 @@ class TorchBackend:
     def version(self) -> str:
         return f"torch {torch.__version__}"
 
-    def refuses(self, pack: Pack) -> str | None:
+    def refuses(self, pack: Pack, by_name: bool = False) -> str | None:
         return None
 
     def check(self, pack: Pack, tensors: Sequence[Tensor]) -> None:

@@ -1,0 +1,184 @@
+"""The Triton backend: one launch over all tensors of a CUDA or ROCm device."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..pack import GradientMismatch, Pack, StaleLayout
+from ..penalties import Penalty, stack_strengths
+from .torch import add_gradient
+
+
+@cache
+def load() -> ModuleType | str:
+    """The package of kernels, or why it cannot be used."""
+    try:
+        return importlib.import_module("pyreg.triton_kernels")
+    except ImportError as error:
+        return f"{error}; pip install triton (torch's Linux wheels for GPUs bring it)"
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class _State:
+    """What is kept for one pack."""
+
+    def __init__(self, layout: Any) -> None:
+        self.layout = layout
+        self.numbers: tuple[float, ...] | None = None
+        self.strengths: Tensor | None = None  # the numbers on the device
+        self.grad_pointers: list[int] = []
+        self.others: list[int] = []  # rows whose gradient has other strides than the tensor
+
+
+class TritonBackend:
+    name = "triton"
+
+    def missing(self) -> str | None:
+        kernels = load()
+        if isinstance(kernels, str):
+            return kernels
+        if interpreted():
+            return None
+        if not torch.cuda.is_available():
+            return (
+                "no GPU (torch.cuda.is_available() is False); TRITON_INTERPRET=1 runs the kernels "
+                "on the CPU, slowly"
+            )
+        return kernels.unusable()
+
+    def version(self) -> str:
+        where = "interpreter on CPU tensors" if interpreted() else torch.cuda.get_device_name()
+        return f"Triton {importlib.metadata.version('triton')}, {where}"
+
+    def refuses(self, pack: Pack, by_name: bool = False) -> str | None:
+        if pack.irregular is not None:
+            return pack.irregular
+        serves = "cpu" if interpreted() else "cuda"
+        if pack.device.type != serves:
+            return f"no Triton sweeps for device {pack.device} (they serve {serves} tensors here)"
+        if interpreted() and not by_name:
+            return "Triton's interpreter is slow, and runs only when asked for by name"
+        for name in pack.penalties:
+            if name not in load().PENALTIES:
+                return f"no Triton kernel for penalty {name!r}"
+        return None
+
+    def check(self, pack: Pack, tensors: Sequence[Tensor]) -> None:
+        pack.check_rows(tensors)
+
+    def new_buffer(self, pack: Pack, size: int) -> Tensor:
+        return pack.new_buffer(size)
+
+    def value(
+        self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty]
+    ) -> tuple[Tensor, Tensor]:
+        state = self._state(pack, tensors)
+        return self._sweep(state.layout.value, tensors, self._strengths(state, pack, rules))
+
+    def gradient(
+        self,
+        pack: Pack,
+        tensors: list[Tensor],
+        grads: list[Tensor | None],
+        rules: Sequence[Penalty],
+        scale: float | Tensor,
+    ) -> None:
+        state = self._state(pack, tensors)
+        strengths = self._strengths(state, pack, rules)
+        self._sweep(state.layout.gradient, tensors, grads, strengths, _on_device(scale, pack))
+
+    def accumulate(
+        self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty], scale: float | Tensor
+    ) -> tuple[Tensor, int]:
+        state = self._state(pack, tensors)
+        strengths = self._strengths(state, pack, rules)
+        grads = [t.grad for t in tensors]
+        pointers = [0 if g is None else g.data_ptr() for g in grads]
+        if pointers != state.grad_pointers:
+            state.others = _other_strides(tensors, grads)
+            state.grad_pointers = pointers
+        present = sum(g is not None for g in grads)
+        for i in state.others:
+            grads[i] = None
+        scale = _on_device(scale, pack)
+        value = self._sweep(state.layout.accumulate, tensors, grads, strengths, scale)
+        for i in state.others:
+            add_gradient(rules[pack.rule_of[i]], tensors[i], scale)
+        return value, present
+
+    def prox(
+        self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty], step: float | Tensor
+    ) -> None:
+        state = self._state(pack, tensors)
+        strengths = self._strengths(state, pack, rules)
+        self._sweep(state.layout.prox, tensors, strengths, _on_device(step, pack))
+        torch.autograd.graph.increment_version(tensors)
+
+    def stats(self, pack: Pack, tensors: list[Tensor]) -> Tensor:
+        return self._sweep(self._state(pack, tensors).layout.stats, tensors)
+
+    def _state(self, pack: Pack, tensors: list[Tensor]) -> _State:
+        state = pack.layouts.get(self.name)
+        if state is None:
+            pack.check_rows(tensors)
+            layout = load().Layout(tensors, pack.rule_of, list(pack.penalties))
+            state = pack.layouts[self.name] = _State(layout)
+        return state
+
+    def _sweep(self, sweep: Any, tensors: list[Tensor], *args: Any) -> Any:
+        try:
+            with torch.no_grad():
+                return sweep(tensors, *args)
+        except load().StaleLayout as error:
+            raise StaleLayout(str(error)) from None
+
+    def _strengths(self, state: _State, pack: Pack, rules: Sequence[Penalty]) -> Tensor:
+        """[rules, 2] float64 in device memory: numbers are uploaded when they changed."""
+        flat = [s for rule in rules for s in rule.strengths]
+        if any(isinstance(s, Tensor) for s in flat):
+            with torch.no_grad():
+                return stack_strengths(rules, pack.device, width=2)
+        numbers = tuple(flat)
+        if numbers != state.numbers:
+            if pack.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "a strength that is a number cannot change while a CUDA graph is captured: "
+                    "run the sweep once before, or make the strength a 0-dim tensor on the device"
+                )
+            state.strengths = stack_strengths(rules, pack.device, width=2)
+            state.numbers = numbers
+        return state.strengths
+
+
+def _on_device(x: float | Tensor, pack: Pack) -> float | Tensor:
+    return x.to(pack.device, torch.float64) if isinstance(x, Tensor) else float(x)
+
+
+def _other_strides(tensors: list[Tensor], grads: list[Tensor | None]) -> list[int]:
+    """Rows whose gradient lies otherwise than its tensor. Raises for one that cannot be one."""
+    others = []
+    for i, (t, g) in enumerate(zip(tensors, grads, strict=True)):
+        if g is None:
+            continue
+        if g.layout != torch.strided or (g.shape, g.dtype, g.device) != (
+            t.shape,
+            t.dtype,
+            t.device,
+        ):
+            raise GradientMismatch
+        if g.stride() != t.stride():
+            others.append(i)
+    return others

@@ -1,0 +1,114 @@
+"""The Triton backend behind pyreg's functions, on CPU tensors under Triton's interpreter.
+
+The interpreter runs programs one after the other: this says nothing about races or speed.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import nn
+
+import pyreg
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 (make test sets it)", allow_module_level=True)
+pytest.importorskip("triton")
+
+PENALTIES = [pyreg.L1(0.3), pyreg.L2(0.07), pyreg.ElasticNet(0.3, 0.07)]
+
+
+def net() -> nn.Module:
+    """Several shapes and dtypes, an empty parameter, and one that is not contiguous."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Linear(70, 60), nn.LayerNorm(9))
+    module[0].weight.data = module[0].weight.data.to(memory_format=torch.channels_last)
+    module[1].bias.data = module[1].bias.data.bfloat16()
+    module.register_parameter("empty", nn.Parameter(torch.empty(0)))
+    return module
+
+
+@pytest.fixture(autouse=True)
+def use_triton():
+    with pyreg.use_backend("triton"):
+        yield
+
+
+@pytest.mark.parametrize("penalty", PENALTIES, ids=repr)
+def test_value_and_gradient(penalty):
+    """As torch's: the value to 2 * (16 + 1) * 2^-24, a gradient to two roundings (in bfloat16, one
+    of 2^-9 more)."""
+    module, other = net(), net()
+    value = pyreg.penalty(module, penalty)
+    value.backward()
+    with pyreg.use_backend("torch"):
+        expected = pyreg.penalty(other, penalty)
+    expected.backward()
+    torch.testing.assert_close(value, expected, rtol=34 * 2**-24, atol=0)
+    for p, q in zip(module.parameters(), other.parameters(), strict=True):
+        unit = 2**-8 if p.dtype == torch.bfloat16 else 2**-23
+        torch.testing.assert_close(p.grad, q.grad, rtol=unit, atol=0)
+        assert p.grad.stride() == p.stride()
+
+
+@pytest.mark.parametrize("penalty", PENALTIES, ids=repr)
+def test_accumulate_prox_and_stats(penalty):
+    """As the torch backend's, with a parameter without gradient and a gradient of other strides."""
+    results = []
+    for backend in ("triton", "torch"):
+        module = net()
+        for p in module.parameters():
+            p.grad = torch.ones_like(p)
+        module[2].bias.grad = None
+        module[0].weight.grad = torch.ones(5, 3, 3, 3)
+        reg = pyreg.Regularizer(module, {"0.*": pyreg.L1(0.2), "*": penalty})
+        with pyreg.use_backend(backend):
+            value = reg.accumulate_(0.5)
+            reg.prox_(0.1)
+            stats = reg.stats().table
+        assert module[2].bias.grad is None
+        grads = [p.grad for p in module.parameters() if p.grad is not None]
+        results.append((value, grads, list(module.parameters()), stats))
+    (value, grads, weights, stats), (v, g, w, s) = results
+    torch.testing.assert_close(value, v, rtol=34 * 2**-24, atol=0)
+    torch.testing.assert_close(stats, s, rtol=1e-2, atol=0)  # bfloat16 weights may round apart
+    for a, b in zip([*grads, *weights], [*g, *w], strict=True):
+        unit = 2**-7 if a.dtype == torch.bfloat16 else 2**-22
+        torch.testing.assert_close(a, b, rtol=unit, atol=unit)
+
+
+def test_a_strength_that_changes_and_one_that_learns():
+    module = net()
+    lam = torch.tensor(0.5, requires_grad=True)
+    reg = pyreg.Regularizer(module, pyreg.L1(lam))
+    value = reg()
+    (by_lam,) = torch.autograd.grad(value, lam)
+    torch.testing.assert_close(by_lam, (value / lam).detach())
+    with torch.no_grad():
+        lam.mul_(2)
+        torch.testing.assert_close(reg(), 2 * value)
+
+
+def test_replaced_data_is_noticed():
+    module = net()
+    reg = pyreg.Regularizer(module, pyreg.L1(1.0))
+    reg()
+    module[1].weight.data = torch.full((3,), 2.0, dtype=torch.float64)
+    expected = sum(p.detach().double().abs().sum() for p in module.parameters())
+    torch.testing.assert_close(reg().detach(), expected, rtol=1e-6, atol=0)
+    assert reg().dtype == torch.float64
+
+
+def test_what_it_cannot_serve_is_refused_with_the_reason():
+    with pytest.raises(pyreg.BackendError, match=r"params\[0\] is not dense"):
+        pyreg.l1([torch.ones(8)[::2]], 1.0)
+
+
+def test_auto_prefers_native_for_cpu_tensors():
+    """Interpreted kernels are slow, and run only when asked for by name."""
+    with pyreg.use_backend("auto"):
+        assert "native" in str(pyreg.Regularizer(net(), pyreg.L1(1.0))) or (
+            not pyreg.backends()[0].available
+        )

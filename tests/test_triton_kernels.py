@@ -1,0 +1,379 @@
+"""Every sweep under Triton's interpreter against the oracle in float64.
+
+The interpreter runs programs one after the other on CPU tensors: this says nothing about races.
+"""
+
+import math
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 (make test sets it)", allow_module_level=True)
+pytest.importorskip("triton")
+
+from pyreg.triton_kernels import PENALTIES, Layout, StaleLayout, launch
+from pyreg.triton_kernels import layout as layout_module
+
+from pyreg import reference
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, at inf - inf
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+STRENGTHS = {"l1": (0.3, 0.0), "l2": (0.07, 0.0), "elastic_net": (0.3, 0.07)}
+SPECIALS = [0.0, -0.0, 1.5, -2.0, math.inf, -math.inf, math.nan]
+
+
+def args_of(name, strengths):
+    """The strengths as the kernel takes them, without unused columns, rounded to `dtype`."""
+    return strengths[: 2 if name == "elastic_net" else 1]
+
+
+def rounded(x, dtype):
+    return torch.tensor(x, dtype=torch.float64).to(reference.compute_dtype(dtype)).double().item()
+
+
+def sizes(dtype):
+    chunk, vector = launch.CHUNK // dtype.itemsize, 16 // dtype.itemsize
+    return [
+        0,
+        1,
+        vector - 1,
+        vector,
+        vector + 1,
+        chunk // 2 + 1,
+        chunk - 1,
+        chunk,
+        chunk + 1,
+        3 * chunk + 5,
+    ]
+
+
+def tensors_of(dtype, seed=0):
+    """All sizes, aligned; then a few at storage offset 1."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(n):
+        return torch.randn(n, generator=g, dtype=torch.float64).to(dtype)
+
+    chunk = launch.CHUNK // dtype.itemsize
+    return [draw(n) for n in sizes(dtype)] + [draw(n + 1)[1:] for n in (1, 9, chunk, 2 * chunk + 3)]
+
+
+def strengths_of(*names):
+    return torch.tensor([STRENGTHS[n] for n in names], dtype=torch.float64)
+
+
+def poison(like):
+    return [torch.full_like(t, math.nan) for t in like]
+
+
+def assert_rounded(got, exact, magnitude, operations):
+    """got = exact up to `operations` roundings in the compute dtype and one to got's dtype.
+
+    `magnitude` bounds the absolute value of every intermediate result.
+    """
+    compute = torch.finfo(reference.compute_dtype(got.dtype))
+    final = torch.finfo(got.dtype)
+    within = (
+        operations * compute.eps / 2 * magnitude
+        + final.eps / 2 * exact.abs()
+        + final.smallest_normal * final.eps
+    )
+    assert ((got.double() - exact).abs() <= within * 1.01).all()
+
+
+def l1_l2(w):
+    x = w.double()
+    return x.abs().sum().item(), x.square().sum().item()
+
+
+def value_of(name, strengths, w):
+    s1, s2 = l1_l2(w)
+    c0, c1 = strengths
+    return {"l1": c0 * s1, "l2": c0 * s2, "elastic_net": c0 * s1 + c1 * s2}[name]
+
+
+def bound(dtype):
+    """The relative error of a sum: 16 operations in float32, then float64."""
+    return 16 * 2**-24 if dtype != torch.float64 else 1e-14
+
+
+@pytest.fixture(params=DTYPES, ids=lambda t: str(t).removeprefix("torch."))
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(params=sorted(PENALTIES))
+def name(request):
+    return request.param
+
+
+def test_value(dtype, name):
+    w = tensors_of(dtype)
+    total, sums = Layout(w, [0] * len(w), [name]).value(w, strengths_of(name))
+    exact = sum(value_of(name, STRENGTHS[name], t) for t in w)
+    assert total.dtype == sums.dtype == torch.float64
+    assert total.shape == ()
+    assert sums.shape == (1, 2)
+    assert abs(total.item() - exact) <= bound(dtype) * exact
+    s1, s2 = map(sum, zip(*(l1_l2(t) for t in w), strict=False))
+    wanted = {"l1": (s1, 0.0), "l2": (s2, 0.0), "elastic_net": (s1, s2)}[name]
+    torch.testing.assert_close(
+        sums[0], torch.tensor(wanted, dtype=torch.float64), rtol=bound(dtype), atol=0
+    )
+
+
+def test_value_of_the_worst_case():
+    """Equal addends of all mantissa bits lose the most; there may be less than 1.1e-6 of it."""
+    w = [torch.full((launch.CHUNK // 4 * 2 + 700,), 1 + 2**-23 * 0x2AAAAA)]
+    total, _ = Layout(w, [0], ["elastic_net"]).value(w, strengths_of("elastic_net"))
+    exact = value_of("elastic_net", STRENGTHS["elastic_net"], w[0])
+    assert abs(total.item() - exact) < 1.1e-6 * exact
+
+
+def exact_grad(name, w, scale):
+    c = [rounded(s, w.dtype) for s in args_of(name, STRENGTHS[name])]
+    return rounded(scale, w.dtype) * reference.FORMULAS[name].grad(w.double(), *c)
+
+
+def test_gradient(dtype, name):
+    w = tensors_of(dtype)
+    grads = poison(w)
+    grads[3] = None
+    layout = Layout(w, [0] * len(w), [name])
+    layout.gradient(w, grads, strengths_of(name), 1.7)
+    for t, g in zip(w, grads, strict=False):
+        if g is not None:
+            exact = exact_grad(name, t, 1.7)
+            assert_rounded(g, exact, 1.7 * (0.3 + 0.14 * t.double().abs()), 4)
+
+
+def test_accumulate(dtype, name):
+    w, old = tensors_of(dtype), tensors_of(dtype, seed=1)
+    grads = [g.clone() for g in old]
+    for i in (2, 7, 9):
+        grads[i] = None
+    layout, strengths = Layout(w, [0] * len(w), [name]), strengths_of(name)
+    total = layout.accumulate(w, grads, strengths, torch.tensor(-1.7, dtype=torch.float64))
+    assert total.item() == layout.value(w, strengths)[0].item()
+    for t, g, o in zip(w, grads, old, strict=False):
+        if g is not None:
+            exact = o.double() + exact_grad(name, t, -1.7)
+            assert_rounded(g, exact, o.double().abs() + 1.7 * (0.3 + 0.14 * t.double().abs()), 6)
+
+
+@pytest.mark.parametrize("step", [0.05, 8.0])
+def test_prox(dtype, name, step):
+    w = tensors_of(dtype)
+    before = [t.clone() for t in w]
+    Layout(w, [0] * len(w), [name]).prox(w, strengths_of(name), step)
+    for t, b in zip(w, before, strict=False):
+        c = [rounded(s, b.dtype) for s in args_of(name, STRENGTHS[name])]
+        exact = reference.FORMULAS[name].prox(b.double(), rounded(step, b.dtype), *c)
+        assert_rounded(t, exact, b.double().abs() + step * 0.3, 8)
+
+
+def test_stats(dtype):
+    w = tensors_of(dtype)
+    w[5][::3] = 0
+    w[8][7] = math.inf
+    w[8][-1] = -math.inf
+    w[9][100] = math.nan
+    w[12][0] = math.nan
+    got = Layout(w, [0] * len(w), ["l1"]).stats(w)
+    wanted = torch.stack([reference.stats(t) for t in w])
+    torch.testing.assert_close(got[:, :2], wanted[:, :2], rtol=bound(dtype), atol=0, equal_nan=True)
+    torch.testing.assert_close(got[:, 2:], wanted[:, 2:], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_specials(dtype, name, aligned):
+    """NaN and infinity propagate, and both zeros give +0."""
+    n = launch.CHUNK // dtype.itemsize
+    w = torch.ones(n + 1, dtype=dtype)[:n] if aligned else torch.ones(n + 1, dtype=dtype)[1:]
+    w[: len(SPECIALS)] = torch.tensor(SPECIALS)
+    layout, strengths, grad = Layout([w], [0], [name]), strengths_of(name), poison([w])
+    assert math.isnan(layout.value([w], strengths)[0])
+    assert layout.value([w], strengths)[1][0, 1].isnan() == (name == "elastic_net")
+    layout.gradient([w], grad, strengths, 1.0)
+    exact = exact_grad(name, w, 1.0)
+    torch.testing.assert_close(grad[0], exact.to(dtype), equal_nan=True)
+    assert grad[0][:2].tolist() == [0, 0]
+    exact = reference.FORMULAS[name].prox(w.double(), 1.0, *args_of(name, STRENGTHS[name]))
+    layout.prox([w], strengths, 1.0)
+    torch.testing.assert_close(w, exact.to(dtype), equal_nan=True)
+    w[4:7] = torch.tensor([math.inf, -math.inf, 1.0])
+    assert layout.value([w], strengths)[0] == math.inf
+
+
+def test_mixed_penalties_keep_to_their_own_formula():
+    """L1 at infinity is not 0 * inf."""
+    w = [torch.tensor([math.inf, -1.0]), torch.tensor([2.0]), torch.tensor([3.0])]
+    grads = poison(w)
+    strengths = strengths_of("l1", "l2", "elastic_net")
+    layout = Layout(w, [0, 1, 2], ["l1", "l2", "elastic_net"])
+    layout.gradient(w, grads, strengths, 1.0)
+    torch.testing.assert_close(torch.cat(grads), torch.tensor([0.3, -0.3, 0.28, 0.72]))
+    assert layout.value(w, strengths)[0] == math.inf
+
+
+def many(n=300):
+    g = torch.Generator().manual_seed(3)
+    lengths = [0 if i % 7 == 3 else int(torch.randint(1, 200, (), generator=g)) for i in range(n)]
+    lengths[5:40:9] = [2049, 4100, 1, 9001]
+    w = [torch.randn(k, generator=g).to(DTYPES[i % 4]) for i, k in enumerate(lengths)]
+    return w, [i % 5 for i in range(n)], ["l1", "elastic_net", "l2", "elastic_net", "l1", "l2"]
+
+
+def test_many_tensors_mixed_in_one_launch(monkeypatch):
+    w, rule_of, penalties = many()
+    strengths = torch.tensor([STRENGTHS[p] for p in penalties], dtype=torch.float64)
+    strengths *= torch.arange(1, 7, dtype=torch.float64)[:, None]
+    layout = Layout(w, rule_of, penalties)
+    launches = []
+    run = launch.sweeps.sweep.run
+    monkeypatch.setattr(
+        launch.sweeps.sweep, "run", lambda *a, **k: launches.append(1) or run(*a, **k)
+    )
+    grads = [torch.zeros_like(t) for t in w]
+    total = layout.accumulate(w, grads, strengths, 1.0)
+    assert len(launches) == 1
+    exact = sum(
+        value_of(penalties[r], strengths[r].tolist(), t) for t, r in zip(w, rule_of, strict=False)
+    )
+    assert abs(total.item() - exact) <= 16 * 2**-24 * exact
+    for t, g, r in zip(w, grads, rule_of, strict=False):
+        c = args_of(penalties[r], strengths[r].tolist())
+        torch.testing.assert_close(
+            g.double(), reference.FORMULAS[penalties[r]].grad(t.double(), *c), rtol=2**-8, atol=0
+        )
+    _, sums = layout.value(w, strengths)
+    assert sums[5].tolist() == [0, 0]
+    got, wanted = layout.stats(w), torch.stack([reference.stats(t) for t in w])
+    torch.testing.assert_close(got, wanted, rtol=16 * 2**-24, atol=0)
+    assert len(launches) == 3
+
+
+@pytest.mark.parametrize("partials", [64, launch.PARTIALS])
+def test_bits_do_not_depend_on_the_grid(monkeypatch, partials):
+    """Any grid, again and again; also where slots are many chunks and span rows."""
+    monkeypatch.setattr(launch, "PARTIALS", partials)
+    w, rule_of, penalties = many(40)
+    strengths = torch.tensor([STRENGTHS[p] for p in penalties], dtype=torch.float64)
+    layout = Layout(w, rule_of, penalties)
+    seen = set()
+    for programs in (1, 7, 64, 7):
+        monkeypatch.setattr(launch, "programs", lambda device, sweep, n=programs: n)
+        value, sums = layout.value(w, strengths)
+        seen.add((value.item(), *sums.flatten().tolist(), *layout.stats(w).flatten().tolist()))
+    assert len(seen) == 1
+    exact = sum(
+        value_of(penalties[r], STRENGTHS[penalties[r]], t) for t, r in zip(w, rule_of, strict=False)
+    )
+    assert abs(value.item() - exact) <= 16 * 2**-24 * exact
+
+
+def test_strengths_and_scale_are_read_at_every_call():
+    w, scale = [torch.tensor([1.0, -2.0])], torch.tensor(1.0, dtype=torch.float64)
+    layout, strengths = Layout(w, [0], ["l1"]), strengths_of("l1")
+    assert layout.value(w, strengths)[0].item() == pytest.approx(0.9, rel=1e-15)
+    strengths[0, 0] = 2.0
+    assert layout.value(w, strengths)[0] == 6.0
+    grads = poison(w)
+    for factor in (scale, 2.0, 3.0, 2.0):
+        layout.gradient(w, grads, strengths, factor)
+        assert grads[0].tolist() == [2 * float(factor), -2 * float(factor)]
+    scale.fill_(5.0)
+    layout.gradient(w, grads, strengths, scale)
+    assert grads[0].tolist() == [10, -10]
+
+
+def test_moved_tensors_are_found():
+    w = [torch.tensor([1.0, -2.0])]
+    layout, strengths = Layout(w, [0], ["l1"]), strengths_of("l1")
+    layout.value(w, strengths)
+    w = [torch.tensor([10.0, -20.0])]
+    assert layout.value(w, strengths)[0].item() == pytest.approx(9.0, rel=1e-15)
+
+
+def test_strided_tensors_are_swept_in_storage_order():
+    w = [torch.randn(6, 50).t(), torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)]
+    grads = [torch.full_like(t, math.nan) for t in w]
+    Layout(w, [0, 0], ["l1"]).gradient(w, grads, strengths_of("l1"), 1.0)
+    for t, g in zip(w, grads, strict=False):
+        assert g.stride() == t.stride()
+        torch.testing.assert_close(g, 0.3 * t.sign())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.double(),
+        lambda t: torch.cat([t, t]),
+        lambda t: t.to(torch.bfloat16),
+        lambda t: t.t(),
+        lambda t: t[:3],
+        lambda t: t.to("meta"),
+    ],
+)
+@pytest.mark.parametrize("guards", [True, False])
+def test_stale(monkeypatch, guards, change):
+    if not guards:
+        monkeypatch.setattr(layout_module, "TensorGuards", None)
+    w = [torch.randn(5), torch.randn(4, 6), torch.randn(4, 6).t()]
+    layout = Layout(w, [0, 0, 0], ["l1"])
+    for i in (1, 2):
+        changed = [change(t) if k == i else t.clone() for k, t in enumerate(w)]
+        with pytest.raises(StaleLayout, match=rf"tensors\[{i}\]"):
+            layout.prox(changed, strengths_of("l1"), 1.0)
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(changed, w, strict=False)
+            if a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+        )
+    with pytest.raises(StaleLayout, match="expected 3 tensors, got 2"):
+        layout.value(w[:2], strengths_of("l1"))
+    with pytest.raises(StaleLayout, match=r"grads\[1\]"):
+        layout.gradient(w, [None, torch.zeros(4, 6).double(), None], strengths_of("l1"), 1.0)
+
+
+def test_bad_input():
+    w = [torch.zeros(3)]
+    with pytest.raises(TypeError, match=r"tensors\[0\]"):
+        Layout([torch.zeros(3, dtype=torch.int64)], [0], ["l1"])
+    with pytest.raises(ValueError, match="l3"):
+        Layout(w, [0], ["l3"])
+    with pytest.raises(ValueError, match=r"rule_of\[0\]"):
+        Layout(w, [1], ["l1"])
+    layout = Layout(w, [0], ["l1"])
+    with pytest.raises(ValueError, match="strengths"):
+        layout.value(w, torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="float64"):
+        layout.prox(w, strengths_of("l1"), torch.tensor(1.0))
+
+
+def test_nothing():
+    layout = Layout([], [], ["l1"])
+    assert layout.value([], strengths_of("l1"))[0] == 0
+    assert layout.stats([]).shape == (0, 5)
+    w = [torch.zeros(0)] * 2
+    layout = Layout(w, [0, 1], ["l1", "l2"])
+    assert layout.accumulate(w, w, strengths_of("l1", "l2"), 1.0) == 0
+    assert layout.stats(w).tolist() == [[0] * 5] * 2
+
+
+def test_scratch_is_small_whatever_the_model():
+    """No tensor is made: 20,000 rows of 2^24 elements each, each with a rule of its own."""
+    rows = [launch.Row(torch.float32, 2**24, 0, i, i) for i in range(20_000)]
+    for columns in (2, 5):
+        cut = launch.cut(rows, [0] * len(rows), columns)
+        assert cut.partials * columns * 8 + (cut.n_groups + 1) * 4 <= 2**19
+        assert cut.slots >= 16384 // columns
+
+
+def test_one_row_of_more_than_2_31_elements_is_cut():
+    cut = launch.cut([launch.Row(torch.bfloat16, 2**33 + 1, 0, 0, 0)], [0], 2)
+    assert cut.run * launch.CHUNK * cut.slots >= 2 * (2**33 + 1)
+    assert cut.slots <= launch.PARTIALS // 2

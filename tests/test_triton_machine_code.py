@@ -1,0 +1,127 @@
+"""The kernels compiled ahead of time, for devices that are not here: 16-byte moves, no spills.
+
+The compiler runs in a process of its own: under TRITON_INTERPRET there are no kernels to compile.
+"""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+import pytest
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+DTYPES = ["float32", "bfloat16", "float16", "float64"]
+SWEEPS = {  # 16-byte loads and stores of a thread in one chunk of 8 KiB
+    "value": (4, 0),
+    "gradient": (4, 4),
+    "accumulate": (8, 4),
+    "prox": (4, 4),
+    "stats": (4, 0),
+}
+
+
+def compile_all(target):
+    """{"sweep dtype": facts} for elastic net, the largest kernel. Runs in the child."""
+    import torch
+    import triton
+    from pyreg.triton_kernels import launch, sweeps
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    backend, architecture, warp = TARGETS[target]
+    facts = {}
+    for sweep in SWEEPS:
+        for name in DTYPES:
+            penalty = "l1" if sweep == "stats" else "elastic_net"
+            totals = sweep in ("value", "accumulate", "stats")
+            constants = launch.constants(
+                5 if sweep == "stats" else 2, [(getattr(torch, name), penalty)], [penalty]
+            )
+            constants["SWEEP"] = sweep
+            types = dict.fromkeys(sweeps.sweep.arg_names, "*i64")
+            types |= dict.fromkeys(("slots", "run", "n_rows", "n_groups"), "i32")
+            types |= dict.fromkeys(("strengths", "scale"), "*fp64")
+            if totals:
+                types |= dict.fromkeys(("out", "value", "partials"), "*fp64") | {"counters": "*i32"}
+            types |= dict.fromkeys(constants, "constexpr")
+            options = {"num_warps": launch.THREADS // warp}
+            if backend == "cuda":
+                options["maxnreg"] = launch.REGISTERS[sweep]
+            kernel = triton.compile(
+                ASTSource(sweeps.sweep, types, constexprs=constants),
+                target=GPUTarget(backend, architecture, warp),
+                options=options,
+            )
+            read = cuda_facts if backend == "cuda" else hip_facts
+            facts[f"{sweep} {name}"] = read(kernel.asm) | {
+                "registers_given": launch.REGISTERS[sweep]
+            }
+    return facts
+
+
+def cuda_facts(asm):
+    import triton
+
+    tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = pathlib.Path(folder, "kernel.cubin")
+        cubin.write_bytes(asm["cubin"])
+        usage, sass = (
+            subprocess.run([tool, option, cubin], check=True, capture_output=True, text=True).stdout
+            for option in ("--dump-resource-usage", "-sass")
+        )
+    return {
+        # Of the tensors only: tables and partials are read with other instructions.
+        "loads": len(re.findall(r"ld\.global\.(?:v4\.b32|v2\.b64) ", asm["ptx"])),
+        "stores": len(re.findall(r"st\.global\.(?:v4\.b32|v2\.b64) ", asm["ptx"])),
+        "kept": len(re.findall(r"\bLDG\.E\.128\b", sass)),
+        "local": sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage))),
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+    }
+
+
+def hip_facts(asm):
+    code = asm["amdgcn"]
+    return {
+        "loads": len(re.findall(r"(?:buffer|global)_load_dwordx4", code)),
+        "stores": len(re.findall(r"(?:buffer|global)_store_dwordx4", code)),
+        "local": int(re.search(r"private_segment_fixed_size: *(\d+)", code)[1]),
+        "spills": int(re.search(r"vgpr_spill_count: *(\d+)", code)[1]),
+    }
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def facts(request, tmp_path_factory):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    child = subprocess.run(
+        [sys.executable, __file__, request.param], env=env, capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stderr[-3000:]
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_moves_are_16_bytes_and_nothing_spills(facts, sweep, dtype):
+    got = facts[f"{sweep} {dtype}"]
+    loads, stores = SWEEPS[sweep]
+    assert got["loads"] >= loads and got["stores"] >= stores, got
+    assert got.get("kept", loads) >= loads, got
+    assert got["local"] == got["spills"] == 0, got
+    assert got.get("registers", 0) <= got["registers_given"], got
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_all(sys.argv[1])))

@@ -1,0 +1,455 @@
+"""The sweeps: one persistent kernel visits every element of every tensor.
+
+Rows (one per tensor) are cut into chunks of CHUNK bytes. `run` chunks, of one row or of several
+that follow each other, make a slot: what a program takes, and what leaves one partial result. Slots
+are cut anew at every group, which is what gets totals of its own: a rule, or for `stats` a row. The
+cut depends on sizes alone, and whoever finishes a group last adds its partials in float64 in slot
+order. So the bits depend neither on the grid nor on the order of events; only whether a row is
+16-byte aligned can change the last bits of a float64 total.
+
+A thread adds up its elements of a chunk in the compute dtype, WIDTH in a row and DEPTH of those,
+and goes on in float64. Each element passes at most DEPTH + WIDTH - 2 <= 15 additions and one
+multiplication: a float32 sum of non-negative terms is within 16 * 2^-24 < 1e-6 of the exact one in
+the worst case.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .penalties import sign
+
+INTERPRETED = tl.constexpr(not isinstance(sign, triton.JITFunction))
+CHUNK = tl.constexpr(8192)  # bytes
+THREADS = tl.constexpr(128)  # of a program
+UNALIGNED_BLOCKS = tl.constexpr(2)  # that a chunk is visited in when it is not whole and aligned
+
+# The fields of the row table, int64 [rows + 1, 5]. A row's chunks are numbered FIRST, FIRST + 1,
+# ...; every group starts at a multiple of `run`: slot s holds the numbers [s * run, (s + 1) * run).
+FIRST = tl.constexpr(0)
+NUMEL = tl.constexpr(1)
+KIND = tl.constexpr(2)  # index into DTYPES and PENALTY_OF
+GROUP = tl.constexpr(3)
+TENSOR = tl.constexpr(4)  # index into the pointer tables
+ROW = tl.constexpr(5)
+
+# The fields of the group table, int64 [groups, 4].
+BEGIN = tl.constexpr(0)  # slot
+END = tl.constexpr(1)  # slot
+PARTIALS = tl.constexpr(2)  # where its partials begin; only groups of several slots have any
+PENALTY = tl.constexpr(3)
+GROUP_ROW = tl.constexpr(4)
+
+
+@triton.jit
+def _find_row(rows, n_rows, chunk):
+    """The last row with FIRST <= chunk."""
+    low = 0
+    high = n_rows
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(rows + middle * ROW + FIRST) <= chunk:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
+def _by_lane(x):
+    """[depth, lanes, width] -> [lanes], within a thread."""
+    return tl.sum(tl.sum(x, axis=2), axis=0)
+
+
+@triton.jit
+def _narrow(x, DTYPE: tl.constexpr):
+    """x rounded to nearest even. The interpreter's own conversion to bfloat16 truncates."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def _visit(
+    w_address,
+    g_address,
+    has_grad,
+    begin,
+    end,
+    n,
+    c0,
+    c1,
+    scale,
+    SWEEP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    SUMS: tl.constexpr,
+    TERM: tl.constexpr,
+    GRAD: tl.constexpr,
+    PROX: tl.constexpr,
+):
+    """One sweep over blocks [begin, end) of n elements; returns its sums, or those of `stats`.
+
+    ALIGNED blocks are whole chunks at 16-byte boundaries and move without a mask, 16 bytes at a
+    time; others are fewer elements, which need a register each for their masks.
+    """
+    BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
+    WIDTH: tl.constexpr = 16 // BYTES if ALIGNED else 1
+    BLOCK: tl.constexpr = CHUNK // BYTES if ALIGNED else CHUNK // BYTES // UNALIGNED_BLOCKS
+    DEPTH: tl.constexpr = BLOCK // (THREADS * WIDTH)
+    tile = (
+        tl.arange(0, DEPTH)[:, None, None] * (THREADS * WIDTH)
+        + tl.arange(0, THREADS)[None, :, None] * WIDTH
+        + tl.arange(0, WIDTH)[None, None, :]
+    )
+    sum0 = tl.zeros([THREADS], tl.float64)
+    sum1 = tl.zeros([THREADS], tl.float64)
+    top = tl.zeros([THREADS], COMPUTE)
+    zeros = tl.zeros([THREADS], tl.int32)
+    non_finite = tl.zeros([THREADS], tl.int32)
+    for block in range(begin, end):
+        at = block * tl.full([], BLOCK, tl.int64)
+        w = (w_address + at * BYTES).to(tl.pointer_type(DTYPE))
+        g = (g_address + at * BYTES).to(tl.pointer_type(DTYPE))
+        if ALIGNED:
+            w = tl.multiple_of(w, 16)
+            g = tl.multiple_of(g, 16)
+        inside = tile < (n - at).to(tl.int32)
+        if ALIGNED:
+            x = tl.load(w + tile).to(COMPUTE)
+        else:
+            x = tl.load(w + tile, mask=inside, other=0.0).to(COMPUTE)
+        if SWEEP == "accumulate":
+            # Here, so that all loads are in flight together.
+            if ALIGNED:
+                old = tl.load(g + tile).to(COMPUTE)
+            else:
+                old = tl.load(g + tile, mask=inside, other=0.0).to(COMPUTE)
+        if SWEEP == "stats":
+            a = tl.abs(x)
+            sum0 += _by_lane(a).to(tl.float64)
+            sum1 += _by_lane(a * a).to(tl.float64)
+            top = tl.maximum(top, tl.max(tl.max(a, axis=2), axis=0))
+            zero = a == 0 if ALIGNED else (a == 0) & inside
+            zeros += _by_lane(zero.to(tl.int32))
+            non_finite += _by_lane((x - x != 0).to(tl.int32))
+        if SWEEP == "value" or SWEEP == "accumulate":
+            sum0 += _by_lane(TERM(x, 0)).to(tl.float64)
+            if SUMS > 1:
+                sum1 += _by_lane(TERM(x, 1)).to(tl.float64)
+        if SWEEP == "accumulate":
+            new = old + scale * GRAD(x, c0, c1)
+            # The same for every element of a whole chunk, so that its stores stay whole.
+            written = tl.zeros_like(tile) + has_grad.to(tl.int32) != 0
+            if not ALIGNED:
+                written = written & inside
+            tl.store(g + tile, _narrow(new, DTYPE), mask=written)
+        if SWEEP == "gradient" or SWEEP == "prox":
+            if SWEEP == "gradient":
+                target = g
+                y = scale * GRAD(x, c0, c1)
+            else:
+                target = w
+                y = PROX(x, scale, c0, c1)
+            if ALIGNED:
+                tl.store(target + tile, _narrow(y, DTYPE))
+            else:
+                tl.store(target + tile, _narrow(y, DTYPE), mask=inside)
+    total0 = 0.0
+    total1 = 0.0
+    total2 = 0.0
+    total3 = 0.0
+    total4 = 0.0
+    if SWEEP == "stats" or SWEEP == "value" or SWEEP == "accumulate":
+        total0 = tl.sum(sum0)
+        if SWEEP == "stats" or SUMS > 1:
+            total1 = tl.sum(sum1)
+    if SWEEP == "stats":
+        total2 = tl.max(top).to(tl.float64)
+        total3 = tl.sum(zeros.to(tl.float64))
+        total4 = tl.sum(non_finite.to(tl.float64))
+    return total0, total1, total2, total3, total4
+
+
+@triton.jit
+def _row_part(
+    tensors,
+    gradients,
+    row,
+    first,
+    stop,
+    strengths,
+    scale,
+    SWEEP: tl.constexpr,
+    DTYPE: tl.constexpr,
+    SUMS: tl.constexpr,
+    TERM: tl.constexpr,
+    GRAD: tl.constexpr,
+    PROX: tl.constexpr,
+):
+    """One sweep over chunks [first, stop) of a row: the aligned whole ones, then the rest."""
+    COMPUTE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
+    BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
+    ELEMENTS: tl.constexpr = CHUNK // BYTES
+    start = (first - tl.load(row + FIRST)) * CHUNK  # bytes
+    n = tl.minimum(tl.load(row + NUMEL) - start // BYTES, (stop - first).to(tl.int64) * ELEMENTS)
+    tensor = tl.load(row + TENSOR)
+    w = tl.load(tensors + tensor) + start
+    g = w
+    has_grad = True
+    if SWEEP == "accumulate" or SWEEP == "gradient":
+        g = tl.load(gradients + tensor)
+        has_grad = g != 0
+        # Without a gradient, w is read in its place: a mask on the loads would hold them back.
+        g = tl.where(has_grad, g + start, w)
+    if SWEEP == "gradient":
+        n = tl.where(has_grad, n, 0)
+    c0 = 0.0
+    c1 = 0.0
+    by = 0.0
+    if SWEEP == "accumulate" or SWEEP == "gradient" or SWEEP == "prox":
+        rule = tl.load(row + GROUP)
+        c0 = tl.load(strengths + rule * 2).to(COMPUTE)
+        c1 = tl.load(strengths + rule * 2 + 1).to(COMPUTE)
+        by = tl.load(scale).to(COMPUTE)
+    whole = tl.where((w | g) % 16 == 0, n // ELEMENTS, 0).to(tl.int32)
+    a0, a1, a2, a3, a4 = _visit(
+        w, g, has_grad, 0, whole, n, c0, c1, by, SWEEP, True, DTYPE, COMPUTE, SUMS, TERM, GRAD, PROX
+    )
+    begin = whole * UNALIGNED_BLOCKS
+    end = tl.cdiv(n, ELEMENTS // UNALIGNED_BLOCKS).to(tl.int32)
+    b0, b1, b2, b3, b4 = _visit(
+        w,
+        g,
+        has_grad,
+        begin,
+        end,
+        n,
+        c0,
+        c1,
+        by,
+        SWEEP,
+        False,
+        DTYPE,
+        COMPUTE,
+        SUMS,
+        TERM,
+        GRAD,
+        PROX,
+    )
+    return a0 + b0, a1 + b1, tl.maximum(a2, b2), a3 + b3, a4 + b4
+
+
+@triton.jit
+def _finish_group(out, partials, count, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
+    """out = the totals over `count` partials of COLUMNS each, in a fixed order.
+
+    Column 2 is a maximum, which has lost its NaN; the sum of |w| in column 0 has kept it.
+    """
+    BLOCK: tl.constexpr = 1024 // WIDTH
+    slot = tl.arange(0, BLOCK)[:, None]
+    column = tl.arange(0, WIDTH)
+    sums = tl.zeros([BLOCK, WIDTH], tl.float64)
+    tops = tl.zeros([BLOCK, WIDTH], tl.float64)
+    for i in range(0, count, BLOCK):
+        # From the second-level cache: other multiprocessors wrote them.
+        part = tl.load(
+            partials + (i + slot) * COLUMNS + column[None, :],
+            mask=(i + slot < count) & (column[None, :] < COLUMNS),
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        sums += part
+        if COLUMNS > 2:
+            tops = tl.maximum(tops, part)
+    total = tl.sum(sums, axis=0)
+    if COLUMNS > 2:
+        l1 = tl.sum(tl.where(column == 0, total, 0.0))
+        top = tl.where(l1 == l1, tl.max(tops, axis=0), l1)
+        total = tl.where(column == 2, top, total)
+    tl.store(out + column, total, mask=column < COLUMNS)
+
+
+@triton.jit
+def _finish_value(
+    value,
+    sums,
+    strengths,
+    groups,
+    n_groups,
+    PENALTIES: tl.constexpr,
+    VALUES: tl.constexpr,
+):
+    """value = the sum over groups of their penalty's value, in a fixed order."""
+    BLOCK: tl.constexpr = 128
+    lane = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float64)
+    for i in range(0, n_groups, BLOCK):
+        group = i + lane
+        known = group < n_groups
+        penalty = tl.load(groups + group * GROUP_ROW + PENALTY, mask=known, other=0)
+        s0 = tl.load(sums + group * 2, mask=known, other=0.0, cache_modifier=".cg")
+        s1 = tl.load(sums + group * 2 + 1, mask=known, other=0.0, cache_modifier=".cg")
+        c0 = tl.load(strengths + group * 2, mask=known, other=0.0)
+        c1 = tl.load(strengths + group * 2 + 1, mask=known, other=0.0)
+        for p in tl.static_range(PENALTIES):
+            total += tl.where(known & (penalty == p), VALUES[p](s0, s1, c0, c1), 0.0)
+    tl.store(value, tl.sum(total))
+
+
+@triton.jit
+def _place(out, partials, groups, group, slot, COLUMNS: tl.constexpr):
+    """Where a slot's totals go: to its partial, or straight out when it is all of its group."""
+    about = groups + group * GROUP_ROW
+    first = tl.load(about + BEGIN)
+    partial = partials + (tl.load(about + PARTIALS) + slot - first) * COLUMNS
+    return tl.where(tl.load(about + END) - first == 1, out + group * COLUMNS, partial)
+
+
+@triton.jit
+def _count(counter, done, of):
+    """Whether this call brings the counter to `of`; then resets it, for the next launch.
+
+    Everything that the callers stored before their calls is visible to the one that gets True.
+    """
+    tl.debug_barrier()
+    complete = tl.atomic_add(counter, done, sem="acq_rel", scope="gpu") + done == of
+    if complete:
+        tl.store(counter, 0)
+    return complete
+
+
+@triton.jit(
+    do_not_specialize=["slots", "run", "n_rows", "n_groups"],
+    # A scalar may lie anywhere: its alignment must not compile the kernel anew.
+    do_not_specialize_on_alignment=[
+        "tensors",
+        "gradients",
+        "rows",
+        "groups",
+        "strengths",
+        "scale",
+        "out",
+        "value",
+        "partials",
+        "counters",
+    ],
+)
+def sweep(
+    tensors,  # int64 [tensors] addresses
+    gradients,  # int64 [tensors] addresses, 0 for none
+    rows,  # int64 [n_rows + 1, 5]
+    groups,  # int64 [n_groups, 4]
+    strengths,  # float64 [n_groups, 2]
+    scale,  # float64: what gradients are multiplied by, or the step of `prox`
+    out,  # float64 [n_groups, COLUMNS]
+    value,  # float64
+    partials,  # float64 [slots of groups that have several, COLUMNS]
+    counters,  # int32 [n_groups + 1] slots done of each group, groups done; 0 between launches
+    slots,
+    run,
+    n_rows,
+    n_groups,
+    SWEEP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DTYPES: tl.constexpr,  # of each kind of row
+    PENALTY_OF: tl.constexpr,  # of each kind of row: an index into the following
+    SUMS: tl.constexpr,
+    TERMS: tl.constexpr,
+    VALUES: tl.constexpr,
+    GRADS: tl.constexpr,
+    PROXES: tl.constexpr,
+    SOURCES: tl.constexpr,
+):
+    """One SWEEP over all rows. value, stats: reads N. gradient, prox: reads N, writes N.
+    accumulate: reads 2 N, writes N.
+
+    Each program takes a contiguous share of the slots: one binary search, then increments.
+    """
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    begin = program * slots // programs
+    end = (program + 1) * slots // programs
+    row = _find_row(rows, n_rows, begin * run)
+    group = tl.load(rows + row * ROW + GROUP).to(tl.int32)
+    for slot in range(begin, end):
+        chunk = slot * run
+        stop = chunk + run
+        s0 = tl.full([], 0, tl.float64)
+        s1 = tl.full([], 0, tl.float64)
+        s2 = tl.full([], 0, tl.float64)
+        s3 = tl.full([], 0, tl.float64)
+        s4 = tl.full([], 0, tl.float64)
+        into = out
+        if SWEEP == "value" or SWEEP == "accumulate" or SWEEP == "stats":
+            into = _place(
+                out, partials, groups, tl.load(rows + row * ROW + GROUP).to(tl.int32), slot, COLUMNS
+            )
+        while chunk < stop:
+            about = rows + row * ROW
+            kind = tl.load(about + KIND).to(tl.int32)
+            after = tl.load(about + ROW + FIRST).to(tl.int32)
+            for k in tl.static_range(len(DTYPES)):
+                if kind == k:
+                    a0, a1, a2, a3, a4 = _row_part(
+                        tensors,
+                        gradients,
+                        about,
+                        chunk,
+                        stop,
+                        strengths,
+                        scale,
+                        SWEEP,
+                        DTYPES[k],
+                        SUMS[PENALTY_OF[k]],
+                        TERMS[PENALTY_OF[k]],
+                        GRADS[PENALTY_OF[k]],
+                        PROXES[PENALTY_OF[k]],
+                    )
+                    s0 += a0
+                    s1 += a1
+                    s2 = tl.maximum(s2, a2)
+                    s3 += a3
+                    s4 += a4
+            # A row that goes on in the next slot stays the current one.
+            row = tl.where(after <= stop, row + 1, row)
+            chunk = after
+        if SWEEP == "value" or SWEEP == "accumulate" or SWEEP == "stats":
+            tl.store(into, s0)
+            tl.store(into + 1, s1)
+        if SWEEP == "stats":
+            # A maximum may lose NaN; the sum of |w| keeps it.
+            tl.store(into + 2, tl.where(s0 == s0, s2, s0))
+            tl.store(into + 3, s3)
+            tl.store(into + 4, s4)
+    if SWEEP == "value" or SWEEP == "accumulate" or SWEEP == "stats":
+        finished = 0
+        slot = begin
+        while slot < end:
+            about = groups + group * GROUP_ROW
+            first = tl.load(about + BEGIN).to(tl.int32)
+            last = tl.load(about + END).to(tl.int32)
+            count = last - first
+            complete = count == 1
+            if count > 1:
+                mine = tl.minimum(end, last) - slot
+                complete = _count(counters + group, mine, count)
+                if complete:
+                    _finish_group(
+                        out + group * COLUMNS,
+                        partials + tl.load(about + PARTIALS) * COLUMNS,
+                        count,
+                        COLUMNS,
+                        8 if COLUMNS > 2 else 2,
+                    )
+            finished += complete.to(tl.int32)
+            slot = last
+            group += 1
+        if SWEEP != "stats":
+            if finished > 0:
+                if _count(counters + n_groups, finished, n_groups):
+                    _finish_value(value, out, strengths, groups, n_groups, len(SUMS), VALUES)
