@@ -118,7 +118,7 @@ def test_value(dtype, name):
     assert total.shape == ()
     assert sums.shape == (1, 2)
     assert abs(total.item() - exact) <= bound(dtype) * exact
-    s1, s2 = map(sum, zip(*(l1_l2(t) for t in w), strict=False))
+    s1, s2 = map(sum, zip(*(l1_l2(t) for t in w), strict=True))
     wanted = {"l1": (s1, 0.0), "l2": (s2, 0.0), "elastic_net": (s1, s2)}[name]
     torch.testing.assert_close(
         sums[0], torch.tensor(wanted, dtype=torch.float64), rtol=bound(dtype), atol=0
@@ -144,7 +144,7 @@ def test_gradient(dtype, name):
     grads[3] = None
     layout = Layout(w, [0] * len(w), [name])
     layout.gradient(w, grads, strengths_of(name), 1.7)
-    for t, g in zip(w, grads, strict=False):
+    for t, g in zip(w, grads, strict=True):
         if g is not None:
             exact = exact_grad(name, t, 1.7)
             assert_rounded(g, exact, 1.7 * (0.3 + 0.14 * t.double().abs()), 4)
@@ -158,7 +158,7 @@ def test_accumulate(dtype, name):
     layout, strengths = Layout(w, [0] * len(w), [name]), strengths_of(name)
     total = layout.accumulate(w, grads, strengths, torch.tensor(-1.7, dtype=torch.float64))
     assert total.item() == layout.value(w, strengths)[0].item()
-    for t, g, o in zip(w, grads, old, strict=False):
+    for t, g, o in zip(w, grads, old, strict=True):
         if g is not None:
             exact = o.double() + exact_grad(name, t, -1.7)
             assert_rounded(g, exact, o.double().abs() + 1.7 * (0.3 + 0.14 * t.double().abs()), 6)
@@ -169,7 +169,7 @@ def test_prox(dtype, name, step):
     w = tensors_of(dtype)
     before = [t.clone() for t in w]
     Layout(w, [0] * len(w), [name]).prox(w, strengths_of(name), step)
-    for t, b in zip(w, before, strict=False):
+    for t, b in zip(w, before, strict=True):
         c = [rounded(s, b.dtype) for s in args_of(name, STRENGTHS[name])]
         exact = reference.FORMULAS[name].prox(b.double(), rounded(step, b.dtype), *c)
         assert_rounded(t, exact, b.double().abs() + step * 0.3, 8)
@@ -241,10 +241,10 @@ def test_many_tensors_mixed_in_one_launch(monkeypatch):
     total = layout.accumulate(w, grads, strengths, 1.0)
     assert len(launches) == 1
     exact = sum(
-        value_of(penalties[r], strengths[r].tolist(), t) for t, r in zip(w, rule_of, strict=False)
+        value_of(penalties[r], strengths[r].tolist(), t) for t, r in zip(w, rule_of, strict=True)
     )
     assert abs(total.item() - exact) <= 16 * 2**-24 * exact
-    for t, g, r in zip(w, grads, rule_of, strict=False):
+    for t, g, r in zip(w, grads, rule_of, strict=True):
         c = args_of(penalties[r], strengths[r].tolist())
         torch.testing.assert_close(
             g.double(), reference.FORMULAS[penalties[r]].grad(t.double(), *c), rtol=2**-8, atol=0
@@ -270,7 +270,7 @@ def test_bits_do_not_depend_on_the_grid(monkeypatch, partials):
         seen.add((value.item(), *sums.flatten().tolist(), *layout.stats(w).flatten().tolist()))
     assert len(seen) == 1
     exact = sum(
-        value_of(penalties[r], STRENGTHS[penalties[r]], t) for t, r in zip(w, rule_of, strict=False)
+        value_of(penalties[r], STRENGTHS[penalties[r]], t) for t, r in zip(w, rule_of, strict=True)
     )
     assert abs(value.item() - exact) <= 16 * 2**-24 * exact
 
@@ -302,7 +302,7 @@ def test_strided_tensors_are_swept_in_storage_order():
     w = [torch.randn(6, 50).t(), torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)]
     grads = [torch.full_like(t, math.nan) for t in w]
     Layout(w, [0, 0], ["l1"]).gradient(w, grads, strengths_of("l1"), 1.0)
-    for t, g in zip(w, grads, strict=False):
+    for t, g in zip(w, grads, strict=True):
         assert g.stride() == t.stride()
         torch.testing.assert_close(g, 0.3 * t.sign())
 
@@ -330,7 +330,7 @@ def test_stale(monkeypatch, guards, change):
             layout.prox(changed, strengths_of("l1"), 1.0)
         assert all(
             torch.equal(a, b)
-            for a, b in zip(changed, w, strict=False)
+            for a, b in zip(changed, w, strict=True)
             if a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
         )
     with pytest.raises(StaleLayout, match="expected 3 tensors, got 2"):
