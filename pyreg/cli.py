@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,18 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(diagnose())
         return 0
-    return _demo(arguments.out)
-
-
-def _demo(out: Path) -> int:
-    try:
-        import matplotlib  # noqa: F401  (optional: looked for here, used by the demo)
-        import rich  # noqa: F401
-        import sklearn  # noqa: F401
-    except ImportError as error:
-        print(f'pyreg demo needs {error.name}: pip install "pyreg[demo]"', file=sys.stderr)
-        return 1
     from .demo import run
 
-    run(out)
+    run(arguments.out)
     return 0

@@ -31,10 +31,10 @@ def test_doctor_reports_a_wrong_environment_variable(monkeypatch):
     assert "unknown backend 'cuda13'" in doctor.diagnose()
 
 
-def test_demo_names_what_is_missing(monkeypatch, capsys, tmp_path):
+def test_demo_names_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    assert cli.main(["demo", "--out", str(tmp_path / "out")]) == 1
-    assert 'pip install "pyreg[demo]"' in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r'needs scikit-learn: pip install "pyreg\[demo\]"'):
+        cli.main(["demo", "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
