@@ -132,7 +132,7 @@ def compile_refuses(parameters: Parameters) -> str | None:
     """Why torch.compile is not tried here, if so."""
     count = len(parameters.tensors)
     if count > MOST_COMPILED:
-        return f"a graph of {count:,} tensors is not compiled after nine minutes"
+        return f"a graph of {count:,} tensors is not tried: it compiles for many minutes"
     if importlib.util.find_spec("torch._inductor") is None:
         return "this torch has no inductor"
     return None
