@@ -1,9 +1,9 @@
 // The Python module pyreg._native: a Layout of tensors, and the sweeps over it.
 //
 // A Layout records what the tensors were (dtype, shape, strides, device) when it was made, never
-// where they were: every call shows the tensors again, every tensor is looked at again, and a
-// pointer is used only in the call that brought it. A tensor that changed raises StaleLayout before
-// anything is written.
+// where they were (but to notice that one moved): every call shows the tensors again, every tensor
+// is looked at again, and a pointer is used only in the call that brought it. A tensor that changed
+// raises StaleLayout before anything is written.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "penalties.h"
+#include "places.h"
 #include "sweeps.h"
 #include "tensor_view.h"
 
@@ -48,10 +49,13 @@ class Layout {
  public:
   Layout(const py::list& tensors, const std::vector<int>& rule_of,
          const std::vector<std::string>& penalties)
-      : table_(make(tensors, rule_of, penalties)) {}
+      : table_(make(tensors, rule_of, penalties)),
+        weights_(table_.rows().size()),
+        gradients_(table_.rows().size()) {
+    for (const Row& row : table_.rows()) bytes_.push_back(row.numel * item_size(row.dtype));
+  }
 
-  py::tuple value(const py::list& tensors, const std::vector<double>& strengths,
-                  int threads) const {
+  py::tuple value(const py::list& tensors, const std::vector<double>& strengths, int threads) {
     check_strengths(strengths);
     TensorReader reader;
     const Pointers w = show(tensors, reader);
@@ -65,7 +69,7 @@ class Layout {
 
   // grads[i] is a tensor like tensors[i], or None to leave the row out.
   void gradient(const py::list& tensors, const py::list& grads,
-                const std::vector<double>& strengths, double scale, int threads) const {
+                const std::vector<double>& strengths, double scale, int threads) {
     check_strengths(strengths);
     if (py::len(grads) != py::len(tensors)) throw py::value_error("one gradient per tensor");
     TensorReader reader;
@@ -81,10 +85,11 @@ class Layout {
     cpu::gradient(table_, w.data(), g.data(), strengths.data(), scale, threads);
   }
 
-  // Adds to each tensor's .grad. Returns the value, and the rows whose gradient has other strides
-  // than its tensor: those were counted in the value, and the caller adds their gradient.
+  // Adds to each tensor's .grad. Returns the value, how many gradients there were, and the rows
+  // left to the caller: their gradient has other strides than its tensor, or shares memory with
+  // another row's. Those are counted in the value.
   py::tuple accumulate(const py::list& tensors, const std::vector<double>& strengths, double scale,
-                       int threads) const {
+                       int threads) {
     check_strengths(strengths);
     static PyObject* const kGrad = PyUnicode_InternFromString("grad");
     TensorReader reader;
@@ -94,6 +99,7 @@ class Layout {
     std::vector<int64_t> others;
     int64_t present = 0;
     for (size_t i = 0; i < table_.rows().size(); ++i) {
+      gradients_.prefetch(i + kAhead);
       const TensorView view = show(tensors, i, reader);
       const auto grad = py::reinterpret_steal<py::object>(
           PyObject_GetAttr(PyList_GET_ITEM(tensors.ptr(), i), kGrad));
@@ -101,6 +107,10 @@ class Layout {
       w.push_back(view.data);
       g.push_back(show_gradient(view, grad.ptr(), i, reader, others));
       present += !grad.is_none();
+    }
+    for (int64_t i : gradients_.overlapping(bytes_)) {
+      if (g[i] != nullptr) others.push_back(i);
+      g[i] = nullptr;
     }
     std::vector<double> sums = make_sums();
     {
@@ -110,18 +120,24 @@ class Layout {
     return py::make_tuple(value_from_sums(table_, sums.data(), strengths.data()), present, others);
   }
 
-  void prox(const py::list& tensors, const std::vector<double>& strengths, double step,
-            int threads) const {
+  // Returns the rows left to the caller: those that share memory with another row.
+  std::vector<int64_t> prox(const py::list& tensors, const std::vector<double>& strengths,
+                            double step, int threads) {
     check_strengths(strengths);
     TensorReader reader;
-    const Pointers w = show(tensors, reader);
-    py::gil_scoped_release release;
-    cpu::prox(table_, w.data(), strengths.data(), step, threads);
+    Pointers w = show(tensors, reader);
+    const std::vector<int64_t> others = weights_.overlapping(bytes_);
+    for (int64_t i : others) w[i] = nullptr;
+    {
+      py::gil_scoped_release release;
+      cpu::prox(table_, w.data(), strengths.data(), step, threads);
+    }
+    return others;
   }
 
   // [(l1, l2_squared, max_abs, zeros, non_finite), ...], one per row.
   std::vector<std::tuple<double, double, double, int64_t, int64_t>> stats(const py::list& tensors,
-                                                                          int threads) const {
+                                                                          int threads) {
     TensorReader reader;
     const Pointers w = show(tensors, reader);
     std::vector<Stats> stats(table_.rows().size());
@@ -165,7 +181,11 @@ class Layout {
     return Table(std::move(rows), std::move(indices));
   }
 
-  TensorView show(const py::list& tensors, size_t i, TensorReader& reader) const {
+  // How many rows ahead of the look a tensor's record is fetched.
+  static constexpr size_t kAhead = 8;
+
+  TensorView show(const py::list& tensors, size_t i, TensorReader& reader) {
+    weights_.prefetch(i + kAhead);
     if (PyList_GET_SIZE(tensors.ptr()) != static_cast<Py_ssize_t>(recorded_.size()))
       throw StaleLayout("the number of tensors changed");
     const TensorView view = reader.read(PyList_GET_ITEM(tensors.ptr(), i));
@@ -174,30 +194,41 @@ class Layout {
     const bool same = view.device_type == 1 && view.dtype == was.dtype && view.ndim == was.ndim &&
                       std::equal(view.shape, view.shape + view.ndim, geometry) &&
                       std::equal(view.strides, view.strides + view.ndim, geometry + was.ndim) &&
-                      has_memory(view, PyList_GET_ITEM(tensors.ptr(), i));
+                      in_memory(view, PyList_GET_ITEM(tensors.ptr(), i), i, weights_);
     if (!same) throw StaleLayout("row " + std::to_string(i) + " changed");
     return view;
   }
 
-  Pointers show(const py::list& tensors, TensorReader& reader) const {
+  Pointers show(const py::list& tensors, TensorReader& reader) {
     Pointers pointers;
     pointers.reserve(recorded_.size());
     for (size_t i = 0; i < recorded_.size(); ++i) pointers.push_back(show(tensors, i, reader).data);
     return pointers;
   }
 
-  // Whether there is memory behind the pointer. The base of a freed storage is null, so a view into
-  // it points at its own offset. No offset reaches kPlausible (1 TiB), and little memory lies below
-  // it: only there is torch asked.
-  static bool has_memory(const TensorView& view, PyObject* tensor) {
-    constexpr uintptr_t kPlausible = uintptr_t{1} << 40;
-    if (reinterpret_cast<uintptr_t>(view.data) >= kPlausible || view.numel() == 0) return true;
-    return py::handle(tensor).attr("untyped_storage")().attr("data_ptr")().cast<uintptr_t>() != 0;
+  // Whether there is memory for every element. Torch is asked only about a row that moved: a
+  // storage that is freed or resized moves.
+  static bool in_memory(const TensorView& view, PyObject* tensor, size_t i, Places& places) {
+    places.note_metadata(i, view.shape);
+    if (view.data != nullptr && places.at(i, view.data)) return true;
+    if (view.numel() > 0) {
+      const py::object storage = py::handle(tensor).attr("untyped_storage")();
+      const auto base = storage.attr("data_ptr")().cast<uintptr_t>();
+      const auto size = storage.attr("nbytes")().cast<uintptr_t>();
+      const auto begin = reinterpret_cast<uintptr_t>(view.data);
+      if (base == 0 || begin + view.span() * item_size(*view.dtype) > base + size) return false;
+    }
+    places.note(i, view.data);
+    return true;
   }
 
-  static void* show_gradient(const TensorView& tensor, PyObject* grad, size_t i,
-                             TensorReader& reader, std::vector<int64_t>& others) {
-    if (grad == Py_None) return nullptr;
+  // The gradient's address; null for None and for one with other strides than its tensor.
+  void* show_gradient(const TensorView& tensor, PyObject* grad, size_t i, TensorReader& reader,
+                      std::vector<int64_t>& others) {
+    if (grad == Py_None) {
+      if (!gradients_.at(i, nullptr)) gradients_.note(i, nullptr);
+      return nullptr;
+    }
     TensorView view;
     try {
       view = reader.read(grad);
@@ -205,7 +236,7 @@ class Layout {
       throw GradientMismatch(std::to_string(i));
     }
     if (view.device_type != 1 || view.dtype != tensor.dtype || !view.same_shape(tensor) ||
-        view.expanded() || !has_memory(view, grad))
+        view.expanded() || !in_memory(view, grad, i, gradients_))
       throw GradientMismatch(std::to_string(i));
     if (view.same_strides(tensor)) return view.data;
     others.push_back(static_cast<int64_t>(i));
@@ -224,6 +255,8 @@ class Layout {
   std::vector<Recorded> recorded_;
   std::vector<int64_t> geometry_;
   Table table_;
+  std::vector<int64_t> bytes_;  // [rows]
+  Places weights_, gradients_;
 };
 
 }  // namespace

@@ -39,7 +39,7 @@ void gradient(const Table& table, const void* const* w, void* const* g, const do
 void accumulate(const Table& table, const void* const* w, void* const* g, const double* strengths,
                 double scale, double* sums, int threads);
 
-// w = prox(w, step). Reads N, writes N.
+// w = prox(w, step). Reads N, writes N. Rows with a null w are left out.
 void prox(const Table& table, void* const* w, const double* strengths, double step, int threads);
 
 // stats is [rows]. Reads N.

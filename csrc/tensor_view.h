@@ -62,6 +62,16 @@ struct TensorView {
     return n;
   }
 
+  // Elements from the first to the last in memory.
+  int64_t span() const {
+    int64_t last = 0;
+    for (int d = 0; d < ndim; ++d) {
+      if (shape[d] == 0) return 0;
+      last += (shape[d] - 1) * strides[d];
+    }
+    return last + 1;
+  }
+
   // Whether several elements share one place.
   bool expanded() const {
     for (int d = 0; d < ndim; ++d)

@@ -1,13 +1,16 @@
 """The differentiable value: an autograd Function in eager mode, the ops under torch.compile.
 
-Forward reads N; backward reads N and writes N, into one flat buffer whose views autograd then adds
-to each `.grad` (or keeps, where `.grad` is None). The torch backend needs none of this: there the
-value is a graph of torch operations, and so it is inside `torch.func` transforms and in a double
-backward.
+Forward reads N. Backward writes the gradient into one flat buffer, whose views autograd then adds to
+each `.grad` (5 N) or keeps where `.grad` is None (2 N). Where every `.grad` exists and nobody would
+see the difference, it adds to them itself, in the accumulate sweep: 3 N, and no buffer.
+
+The torch backend needs none of this: there the value is a graph of torch operations, and so it is
+inside `torch.func` transforms and in a double backward.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
@@ -19,11 +22,15 @@ from torch.autograd import forward_ad
 from . import ops, reference
 from .backend.torch import TorchBackend
 from .dispatch import BackendError, choose, requested
-from .pack import Label, Pack, Packs, StaleLayout, check, geometry, is_freed
+from .pack import GradientMismatch, Label, Pack, Packs, StaleLayout, check, geometry, is_freed
 from .penalties import Penalty, check_strengths, rules_of, stack_strengths, unstack_strengths
 from .sweeps import add_values
 
 _version = attrgetter("_version")
+_tensor_hooks = attrgetter("_backward_hooks")
+_gradient_hooks = attrgetter("_post_accumulate_grad_hooks")
+_grad = attrgetter("grad")
+_threads: set[int] = set()  # those that ever called for a differentiable value
 
 
 def value(packs: Packs, tensors: list[Tensor], rules: Sequence[Penalty], label: Label) -> Tensor:
@@ -69,9 +76,12 @@ def _native_value(
         if any(isinstance(s, Tensor) for rule in rules for s in rule.strengths):
             strengths = stack_strengths(rules, pack.device)
         if any(t.requires_grad for t in (strengths, *rows) if t is not None):
+            _threads.add(threading.get_ident())
             if strengths is not None:  # backward uses these, whatever becomes of the originals
                 rules = rules_of(pack.penalties, strengths.detach())
-            return _Value.apply(_Call(backend, pack, rules, label), strengths, *rows)
+            # Function.apply would first look for functorch's dead wrappers, tensor by tensor.
+            apply = super(torch.autograd.Function, _Value).apply
+            return apply(_Call(backend, pack, rules, label), strengths, *rows)
     return backend.value(pack, rows, rules)[0]
 
 
@@ -113,19 +123,53 @@ class _Value(torch.autograd.Function):
             if strengths is not None and (now := list(map(_version, rows))) != ctx.all_versions:
                 raise RuntimeError(_modified(call, now, ctx.all_versions))
             return (None, *_differentiable_gradient(ctx, grad_output, strengths, rows))
-        grads = call.pack.flat_gradient(call.backend.new_buffer)
-        if not all(wanted):
-            grads = [g if w else None for g, w in zip(grads, wanted, strict=True)]
-        if any(wanted):
-            try:
+        try:
+            if not any(wanted) or _added(ctx, rows, grad_output):
+                grads = [None] * len(rows)
+            else:
+                grads = call.pack.flat_gradient(call.backend.new_buffer)
+                if not all(wanted):
+                    grads = [g if w else None for g, w in zip(grads, wanted, strict=True)]
                 call.backend.gradient(call.pack, rows, grads, call.rules, grad_output)
-            except StaleLayout:
-                raise RuntimeError(_replaced(call, rows)) from None
+        except StaleLayout:
+            raise RuntimeError(_replaced(call, rows)) from None
         grad_strengths = None
         if ctx.needs_input_grad[1]:
             sums = torch.as_tensor(ctx.sums, dtype=torch.float64, device=strengths.device)
             grad_strengths = grad_output * sums[:, : strengths.shape[1]]
         return None, grad_strengths, *grads
+
+
+def _added(ctx: Any, rows: list[Tensor], grad_output: Tensor) -> bool:
+    """Adds the gradient to every row's `.grad`, as autograd would do next; False if it may not.
+
+    It may where each row is a leaf with a `.grad` that this backward() accumulates into
+    (`torch.autograd.grad` does not), and has no hook to be shown the gradient. Autograd's own
+    addition is locked against other threads' and ordered among streams; this one is not, so it is
+    for one thread and for CPU tensors.
+    """
+    call = ctx.call
+    if call.pack.device.type != "cpu" or len(_threads) > 1 or not all(ctx.wanted):
+        return False
+    nodes = [node for node, _ in ctx.next_functions[-len(rows) :]]
+    if set(map(type, nodes)) != {torch._C._functions.AccumulateGrad} or len(set(nodes)) < len(rows):
+        return False
+    if any(map(_tensor_hooks, rows)) or any(map(_gradient_hooks, rows)):
+        return False
+    try:
+        if not all(map(torch._C._will_engine_execute_node, nodes)):
+            return False
+    except RuntimeError:  # in torch.autograd.grad
+        return False
+    grads = list(map(_grad, rows))
+    if any(grad is None for grad in grads):
+        return False
+    try:
+        call.backend.accumulate(call.pack, rows, call.rules, grad_output)
+    except GradientMismatch:
+        return False
+    torch.autograd.graph.increment_version(grads)
+    return True
 
 
 def _versions(rows: Sequence[Tensor], wanted: Sequence[bool]) -> list[int]:

@@ -475,6 +475,26 @@ def test_a_storage_that_is_too_small():
         pyreg.l1({"fc.weight": w}, 1.0)
 
 
+@pytest.mark.parametrize("what", ["parameter", "gradient"])
+def test_a_storage_that_shrinks_between_calls(what):
+    """Also a view's base. Nothing is written, and nothing behind the end is read."""
+    base = torch.ones(1 << 20)
+    memory = {"parameter": base, "gradient": torch.zeros(1 << 20)}
+    w = nn.Parameter(base[8:])
+    good = nn.Parameter(torch.ones(3))
+    w.grad, good.grad = memory["gradient"][8:], torch.zeros(3)
+    reg = pyreg.Regularizer({"good": good, "fc.weight": w}, pyreg.L1(1.0))
+    reg.accumulate_()
+    assert (w.grad == 1).all()
+    memory[what].untyped_storage().resize_(4096)
+    with pytest.raises(ValueError, match=r"'fc.weight'.*no memory"):
+        reg.accumulate_()
+    assert good.grad.tolist() == [1.0] * 3
+    memory[what].untyped_storage().resize_(4 << 20)
+    reg.accumulate_()
+    assert good.grad.tolist() == [2.0] * 3
+
+
 def test_no_gradient_is_created_when_another_is_bad():
     good, bad = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     bad.grad = torch.ones(3).to_sparse()

@@ -194,6 +194,7 @@ void accumulate(const Table& table, const void* const* w, void* const* g, const 
 void prox(const Table& table, void* const* w, const double* strengths, double step, int threads) {
   const Kernels& kernels = *chosen().load()->kernels;
   for_each_segment(table, threads, [&](int64_t, const Row& row, const Span& span) {
+    if (w[span.row] == nullptr) return;
     kernels_for(kernels, table, row)
         .prox(offset(w[span.row], row, span.begin), span.end - span.begin,
               strengths + row.rule * kMaxStrengths, step);

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "penalties.h"
+#include "places.h"
 #include "sweeps.h"
 
 namespace {
@@ -570,6 +571,35 @@ void test_one_table_after_another() {
   CHECK(sums[0] == 0 && sums[1] == 0, "sums of nothing: %g, %g", sums[0], sums[1]);
 }
 
+// Against every pair, for random intervals of which some touch, nest or coincide.
+void test_overlapping() {
+  std::mt19937 random(11);
+  for (int round = 0; round < 2000; ++round) {
+    const int rows = static_cast<int>(random() % 9);
+    std::vector<char> memory(64);
+    std::vector<int64_t> bytes(rows);
+    std::vector<const char*> begin(rows);
+    Places places(rows);
+    for (int again = 0; again < 2; ++again) {  // the second time every row has moved
+      for (int i = 0; i < rows; ++i) {
+        bytes[i] = random() % 12;
+        begin[i] = random() % 5 == 0 ? nullptr : memory.data() + random() % 52;
+        places.note(i, begin[i]);
+        CHECK(places.at(i, begin[i]), "row %d is not where it was noted", i);
+      }
+      std::vector<int64_t> expected;
+      for (int i = 0; i < rows; ++i)
+        for (int j = 0; j < rows; ++j)
+          if (i != j && begin[i] && begin[j] && bytes[i] && bytes[j] &&
+              begin[i] < begin[j] + bytes[j] && begin[j] < begin[i] + bytes[i]) {
+            expected.push_back(i);
+            break;
+          }
+      CHECK(places.overlapping(bytes) == expected, "round %d", round);
+    }
+  }
+}
+
 void test_instruction_sets() {
   const auto sets = cpu::instruction_sets();
   CHECK(!sets.empty() && std::string(sets.back()) == "baseline", "%zu sets", sets.size());
@@ -586,6 +616,7 @@ void test_instruction_sets() {
 
 int main() {
   test_table();
+  test_overlapping();
   test_instruction_sets();
   for (const char* name : cpu::instruction_sets()) {
     try {

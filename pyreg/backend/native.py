@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..pack import GradientMismatch, Pack, StaleLayout
 from ..penalties import Penalty
-from .torch import add_gradient
+from .torch import add_gradient, apply_prox
 
 
 @cache
@@ -109,7 +109,8 @@ class NativeBackend:
     def prox(
         self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty], step: float | Tensor
     ) -> None:
-        self._sweep("prox", pack, tensors, self._strengths(rules), float(step))
+        for i in self._sweep("prox", pack, tensors, self._strengths(rules), float(step)):
+            apply_prox(rules[pack.rule_of[i]], tensors[i], step)
         torch.autograd.graph.increment_version(tensors)
 
     def stats(self, pack: Pack, tensors: list[Tensor]) -> Tensor:

@@ -73,9 +73,8 @@ class TorchBackend:
     def prox(
         self, pack: Pack, tensors: Sequence[Tensor], rules: Sequence[Penalty], step: float | Tensor
     ) -> None:
-        with torch.no_grad():
-            for r, t in zip(pack.rule_of, tensors, strict=True):
-                t.copy_(rules[r].prox(t, step))
+        for r, t in zip(pack.rule_of, tensors, strict=True):
+            apply_prox(rules[r], t, step)
 
     def stats(self, pack: Pack, tensors: Sequence[Tensor]) -> Tensor:
         return torch.stack([reference.stats(t) for t in tensors])
@@ -92,3 +91,9 @@ def add_gradient(penalty: Penalty, w: Tensor, scale: float | Tensor) -> None:
         w.grad.copy_(
             w.grad.to(reference.compute_dtype(w.dtype)) + _scaled_gradient(penalty, w, scale)
         )
+
+
+def apply_prox(penalty: Penalty, w: Tensor, step: float | Tensor) -> None:
+    """w = prox(w, step)"""
+    with torch.no_grad():
+        w.copy_(penalty.prox(w, step))

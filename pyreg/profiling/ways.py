@@ -178,7 +178,7 @@ WAYS = {
             3,
             peers.compile_refuses,
         ),
-        Way("pyreg in the loss", "gradient", _loss, 6),
+        Way("pyreg in the loss", "gradient", _loss, 4),
         Way("pyreg in the loss, no .grad", "gradient", _no_grad_yet(_loss), 3),
         Way("pyreg accumulate_", "gradient", _accumulate, 3),
         Way("pyreg prox_", "prox", _prox, 2),

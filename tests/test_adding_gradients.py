@@ -1,0 +1,188 @@
+"""Where every .grad exists, backward() adds to them in one sweep, if nobody can see the difference."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import pyreg
+from pyreg import autograd
+from pyreg.pack import Pack
+
+NET = pyreg.ElasticNet(0.5, 0.25)
+W = [1.5, -0.5, 0.0, 2.0]
+GRADIENT = [1.25, -0.75, 0.0, 1.5]  # 0.5 * sign(w) + 0.5 * w
+
+
+def leaf(grad: float | None = 10.0, dtype=torch.float32) -> nn.Parameter:
+    w = nn.Parameter(torch.tensor(W, dtype=dtype))
+    w.grad = None if grad is None else torch.full_like(w, grad)
+    return w
+
+
+@pytest.fixture
+def buffers(native, monkeypatch) -> list[int]:
+    """One entry for each flat gradient buffer that is made; no other thread has been seen."""
+    made = []
+    flat_gradient = Pack.flat_gradient
+
+    def counted(pack, new_buffer=None):
+        made.append(len(pack.rows))
+        return flat_gradient(pack, new_buffer)
+
+    monkeypatch.setattr(Pack, "flat_gradient", counted)
+    monkeypatch.setattr(autograd, "_threads", set())
+    return made
+
+
+def expected(factor: float = 1.0, old: float = 10.0) -> torch.Tensor:
+    return old + factor * torch.tensor(GRADIENT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_adds_without_a_buffer(buffers, dtype):
+    """(The numbers are exact in every dtype.)"""
+    a, b = leaf(dtype=dtype), leaf(20.0, dtype)
+    grads, versions = (a.grad, b.grad), (a.grad._version, b.grad._version)
+    value = pyreg.penalty([a, b], NET)
+    (3 * value).backward(retain_graph=True)
+    value.backward()
+    assert buffers == []
+    assert a.grad is grads[0]
+    assert b.grad is grads[1]
+    assert a.grad.tolist() == expected(4).tolist()
+    assert b.grad.tolist() == expected(4, 20.0).tolist()
+    assert (a.grad._version, b.grad._version) > versions, "autograd must notice the change"
+
+
+def test_beside_the_gradient_of_a_loss(buffers):
+    a = leaf()
+    (5 * a.sum() + pyreg.penalty([a], NET)).backward()
+    assert buffers == []
+    assert a.grad.tolist() == (expected() + 5).tolist()
+
+
+def test_not_where_a_grad_is_missing(buffers):
+    a, b = leaf(), leaf(None)
+    pyreg.penalty([a, b], NET).backward()
+    assert buffers == [2]
+    assert a.grad.tolist() == expected().tolist()
+    assert b.grad.tolist() == GRADIENT
+
+
+def test_not_in_autograd_grad(buffers):
+    a, b = leaf(), leaf()
+    grads = torch.autograd.grad(pyreg.penalty([a, b], NET), [a, b])
+    assert [g.tolist() for g in grads] == [GRADIENT, GRADIENT]
+    assert a.grad.tolist() == [10.0] * 4
+    assert buffers == [2]
+
+
+def test_not_to_leaves_that_backward_leaves_out(buffers):
+    a, b = leaf(), leaf()
+    pyreg.penalty([a, b], NET).backward(inputs=[a])
+    assert a.grad.tolist() == expected().tolist()
+    assert b.grad.tolist() == [10.0] * 4
+    assert buffers == [2]
+
+
+def test_not_where_a_leaf_has_a_hook(buffers):
+    seen = []
+    a, b = leaf(), leaf()
+    handle = a.register_hook(lambda g: seen.append(g.tolist()))
+    pyreg.penalty([a, b], NET).backward()
+    assert seen == [GRADIENT]
+    assert buffers == [2]
+    handle.remove()
+    b.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.tolist()))
+    pyreg.penalty([a, b], NET).backward()
+    assert seen[1:] == [expected(2).tolist()]
+    assert buffers == [2, 2]
+
+
+def test_a_hook_behind_the_accumulation_finds_it_done(buffers):
+    """What DistributedDataParallel relies on."""
+    seen = []
+    a = leaf()
+    node = a.view_as(a).grad_fn.next_functions[0][0]
+    node.register_hook(lambda *_: seen.append(a.grad.tolist()))
+    pyreg.penalty([a], NET).backward()
+    assert seen == [expected().tolist()]
+    assert buffers == []
+
+
+def test_not_to_non_leaves_nor_to_one_leaf_twice(buffers):
+    a, b = leaf(), leaf()
+    pyreg.penalty([a, 2 * b], NET).backward()
+    assert b.grad.tolist() == (10 + 2 * (0.5 * b.sign() + b)).tolist()
+    pyreg.penalty([a, a], NET).backward()
+    assert a.grad.tolist() == expected(3).tolist()
+    assert buffers == [2, 2]
+
+
+def test_not_where_some_are_frozen(buffers):
+    """A frozen tensor may still have a gradient from before."""
+    a, b = leaf(), leaf().requires_grad_(False)
+    pyreg.penalty([a, b], NET).backward()
+    assert a.grad.tolist() == expected().tolist()
+    assert b.grad.tolist() == [10.0] * 4
+    assert buffers == [2]
+
+
+def test_not_once_another_thread_calls(buffers):
+    """Autograd locks its own additions to a shared leaf."""
+    a = leaf()
+    other = threading.Thread(target=lambda: pyreg.penalty([a], NET).backward())
+    other.start()
+    other.join()
+    assert buffers == []
+    pyreg.penalty([a], NET).backward()
+    assert buffers == [1]
+    assert a.grad.tolist() == expected(2).tolist()
+
+
+def test_a_learnable_strength(buffers):
+    a, lam = leaf(), torch.tensor(0.5, requires_grad=True)
+    pyreg.l1([a], lam).backward()
+    assert lam.grad.item() == 4.0
+    assert a.grad.tolist() == [10.5, 9.5, 10.0, 10.5]
+    assert buffers == []
+
+
+def test_gradients_with_other_strides(buffers):
+    a = nn.Parameter(torch.arange(-3.0, 3.0).view(2, 3))
+    a.grad = torch.ones(3, 2).t()
+    pyreg.penalty([a], NET).backward()
+    assert a.grad.tolist() == (1 + 0.5 * a.sign() + 0.5 * a).tolist()
+    assert a.grad.stride() == (1, 2)
+    assert buffers == []
+
+
+@pytest.mark.parametrize("way", ["backward", "accumulate_"])
+def test_gradients_that_share_memory(buffers, way):
+    """Every row's gradient is added, one after the other, as the loop does."""
+    memory = torch.zeros(6)
+    rows = [leaf(), leaf(), leaf()]
+    rows[0].grad, rows[1].grad = memory[:4], memory[2:]
+    reg = pyreg.Regularizer({str(i): w for i, w in enumerate(rows)}, NET)
+    for times in (1, 2):
+        reg().backward() if way == "backward" else reg.accumulate_()
+        g = times * torch.tensor(GRADIENT)
+        assert memory.tolist() == [*g[:2].tolist(), *(g[2:] + g[:2]).tolist(), *g[2:].tolist()]
+        assert rows[2].grad.tolist() == expected(times).tolist()
+    rows[1].grad = torch.zeros(4)  # no longer shared
+    reg().backward() if way == "backward" else reg.accumulate_()
+    assert rows[1].grad.tolist() == GRADIENT
+
+
+def test_prox_of_parameters_that_share_memory(native):
+    """One after the other, in order."""
+    memory = torch.tensor([3.0, 3.0, 3.0, 3.0, 3.0, 3.0])
+    a, b, c = nn.Parameter(memory[:4]), nn.Parameter(memory[2:]), leaf()
+    reg = pyreg.Regularizer({"a": a, "b": b, "c": c}, pyreg.L1(1.0))
+    reg.prox_(0.5)
+    assert memory.tolist() == [2.5, 2.5, 2.0, 2.0, 2.5, 2.5]
+    assert c.tolist() == [1.0, 0.0, 0.0, 1.5]
