@@ -1,8 +1,8 @@
 """The differentiable value: an autograd Function in eager mode, the ops under torch.compile.
 
-Forward reads N. Backward writes the gradient into one flat buffer, whose views autograd then adds to
-each `.grad` (5 N) or keeps where `.grad` is None (2 N). Where every `.grad` exists and nobody would
-see the difference, it adds to them itself, in the accumulate sweep: 3 N, and no buffer.
+Forward reads N. Backward writes the gradient into one flat buffer, whose views autograd then adds
+to each `.grad` (5 N) or keeps where `.grad` is None (2 N). Where every `.grad` exists and nobody
+would see the difference, it adds to them itself, in the accumulate sweep: 3 N, and no buffer.
 
 The torch backend needs none of this: there the value is a graph of torch operations, and so it is
 inside `torch.func` transforms and in a double backward.

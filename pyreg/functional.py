@@ -14,9 +14,10 @@ from .reference import Strength
 def penalty(params: Params, penalty: Penalty) -> Tensor:
     """sum over params of Omega(w), differentiable: `loss + pyreg.penalty(model, pyreg.L1(1e-5))`.
 
-    Forward reads N (the parameters' bytes). Backward reads N and writes N, a flat buffer whose parts
-    autograd keeps where `.grad` is None; where every `.grad` exists, it reads 2 N and writes N, adding
-    to them in place if nobody could see the difference (CPU tensors, no hooks, one thread).
+    Forward reads N (the parameters' bytes). Backward reads N and writes N, a flat buffer whose
+    parts autograd keeps where `.grad` is None. Where every `.grad` exists, it reads 2 N and writes
+    N, adding to them in place, if nobody could see the difference (CPU tensors, no hooks, one
+    thread).
 
     Args:
         params: a module, an iterable of tensors or of (name, tensor) pairs, a mapping, or a tensor.
