@@ -206,7 +206,7 @@ class Layout {
     return pointers;
   }
 
-  // Whether there is memory for every element. Torch is asked only about a row that moved: a
+  // Whether memory holds every element, as it is. Torch is asked only about a row that moved: a
   // storage that is freed or resized moves.
   static bool in_memory(const TensorView& view, PyObject* tensor, size_t i, Places& places) {
     places.note_metadata(i, view.shape);
@@ -216,6 +216,7 @@ class Layout {
       const auto base = storage.attr("data_ptr")().cast<uintptr_t>();
       const auto size = storage.attr("nbytes")().cast<uintptr_t>();
       const auto begin = reinterpret_cast<uintptr_t>(view.data);
+      if (py::handle(tensor).attr("is_neg")().cast<bool>()) return false;
       if (base == 0 || begin + view.span() * item_size(*view.dtype) > base + size) return false;
     }
     places.note(i, view.data);

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, ops
+from .dispatch import requested
 from .pack import Params, collect, packs_for
 from .penalties import L1, L2, ElasticNet, Penalty
 from .reference import Strength
@@ -38,6 +39,7 @@ def penalty(params: Params, penalty: Penalty) -> Tensor:
         raise TypeError(f"penalty: expected a pyreg penalty, got {penalty!r}")
     tensors, label = collect(params)
     if not tensors:
+        requested()  # an unknown backend is an error here too
         return torch.zeros(())
     if torch.compiler.is_compiling():
         return ops.value(tensors, (penalty,), [0] * len(tensors))

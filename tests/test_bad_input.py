@@ -209,8 +209,9 @@ def test_unknown_backend(monkeypatch):
     with pytest.raises(pyreg.BackendError, match=message), pyreg.use_backend("cuda9"):
         pass
     monkeypatch.setenv("PYREG_BACKEND", "cuda9")
-    with pytest.raises(pyreg.BackendError, match=f"PYREG_BACKEND: {message}"):
-        pyreg.l1([torch.ones(2)], 1.0)
+    for params in ([torch.ones(2)], []):
+        with pytest.raises(pyreg.BackendError, match=f"PYREG_BACKEND: {message}"):
+            pyreg.l1(params, 1.0)
     with pyreg.use_backend("torch"):
         assert pyreg.l1([torch.ones(2)], 1.0).item() == 2
     for name in ("auto", "", "torch"):
@@ -473,6 +474,17 @@ def test_a_storage_that_is_too_small():
     w.untyped_storage().resize_(32)
     with pytest.raises(ValueError, match=r"params\[0\] \('fc.weight'\): .*no memory"):
         pyreg.l1({"fc.weight": w}, 1.0)
+
+
+def test_data_that_becomes_a_lazily_negated_view():
+    """Of the same geometry as before."""
+    w = nn.Parameter(torch.ones(3))
+    w.grad = torch.zeros(3)
+    reg = pyreg.Regularizer({"w": w}, pyreg.L1(1.0))
+    reg.accumulate_()
+    w.data = torch._neg_view(torch.full((3,), 2.0))
+    reg.accumulate_()
+    assert w.grad.tolist() == [0.0] * 3
 
 
 @pytest.mark.parametrize("what", ["parameter", "gradient"])
