@@ -66,6 +66,7 @@ class Layout:
         self.device = tensors[0].device if tensors else torch.device("cpu")
         self.rules = len(penalties)
         self._dtypes = list(map(_dtype, tensors))
+        self._value_dtype = torch.float64 if torch.float64 in self._dtypes else torch.float32
         self._numels = list(map(Tensor.numel, tensors))
         self._contiguous = list(map(Tensor.is_contiguous, tensors))
         self._shapes = [(t.shape, t.stride()) for t in tensors]
@@ -112,7 +113,8 @@ class Layout:
         """sum over the rules of Omega(w; strengths), and each rule's sums. Reads N.
 
         Returns:
-            float64 [], and float64 [rules, 2], 0 in columns that a penalty has no use for.
+            float32 [] (float64 if any tensor is), and float64 [rules, 2], 0 in columns that a
+            penalty has no use for.
         """
         value, sums = self._totals()
         self._sweep(self._by_rule, "value", tensors, None, strengths, strengths, sums, value)
@@ -140,7 +142,7 @@ class Layout:
         A tensor without a gradient adds to the value only.
 
         Returns:
-            float64 []: the value, not multiplied by `scale`.
+            float32 [] (float64 if any tensor is): the value, not multiplied by `scale`.
         """
         value, sums = self._totals()
         self._sweep(self._by_rule, "accumulate", tensors, grads, strengths, scale, sums, value)
@@ -161,8 +163,9 @@ class Layout:
         return out
 
     def _totals(self) -> tuple[Tensor, Tensor]:
-        both = torch.empty(1 + 2 * self.rules, dtype=torch.float64, device=self.device)
-        return both[0], both[1:].view(self.rules, 2)
+        """Memory for the value, in the dtype that is asked for in the end, and for the sums."""
+        value = torch.empty((), dtype=self._value_dtype, device=self.device)
+        return value, torch.empty(self.rules, 2, dtype=torch.float64, device=self.device)
 
     def _sweep(
         self,

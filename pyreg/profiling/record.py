@@ -33,6 +33,8 @@ class Row:
     extra_bytes: int | None = None  # peak, beyond parameters and gradients
     value_error: float | None = None  # relative to float64
     element_error: float | None = None  # of gradient or prox, relative to its largest element
+    host_seconds: float | None = None  # on a GPU: until the call returns, the device being idle
+    kernels: int | None = None  # on a GPU: launched by one run, copies and fills among them
     first_seconds: float | None = None  # the first run, with whatever it builds or compiles
     note: str = ""  # why it was not measured, or what is wrong with its value
 
@@ -106,7 +108,7 @@ class Record:
     def to_csv(self, path: Path) -> None:
         """One line per row, each with the hardware and the commit."""
         environment = self.environment
-        common = {"cpu": environment.cpu, "threads": environment.threads}
+        common = {"cpu": environment.cpu, "threads": environment.threads, "gpu": environment.gpu}
         common |= {"torch": environment.torch, "commit": environment.commit}
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, [*(f.name for f in fields(Row)), *common])

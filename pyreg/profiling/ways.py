@@ -11,11 +11,13 @@ limit      one torch operation on the same memory that does no more than move it
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from contextvars import copy_context
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from ..dispatch import requested_backend
 from ..functional import penalty as penalty_of
 from ..penalties import Penalty
 from ..regularizer import Regularizer
@@ -125,6 +127,7 @@ def _limits(kind: str, as_float32: bool) -> Callable[[Parameters, Penalty], Run]
             "read": lambda: discard(w.sum()),
             "update": lambda: discard(g.add_(w, alpha=alpha)),
             "rewrite": lambda: discard(w.mul_(1.0)),
+            "copy": lambda: discard(g.copy_(w)),
         }[kind]
 
     return prepare
@@ -150,7 +153,19 @@ def _make_limits() -> list[Way]:
             Way(text, "limit", _limits(kind, False), traffic, limit_of=job),
             Way(f"{text} as float32", "limit", _limits(kind, True), traffic, _not_16_bit, job),
         ]
-    return limits
+    return [*limits, Way("dst.copy_(src)", "limit", _limits("copy", False), 2, limit_of="prox")]
+
+
+def on_backend(way: Way, name: str) -> Way:
+    """The same way on one of pyreg's backends, whichever else there are."""
+
+    def prepare(parameters: Parameters, penalty: Penalty) -> Run:
+        context = copy_context()  # entering use_backend at each run would be timed
+        context.run(requested_backend.set, name)
+        run = context.run(way.prepare, parameters, penalty)
+        return lambda: context.run(run)
+
+    return replace(way, name=f"{way.name}, {name}", prepare=prepare)
 
 
 WAYS = {

@@ -87,12 +87,24 @@ class Parameters:
     tensors: list[nn.Parameter]  # views of weights; each .grad is the same view of gradients
 
     @property
+    def device(self) -> torch.device:
+        return self.weights.device
+
+    @property
     def named(self) -> list[tuple[str, Tensor]]:
         names = (name for name, _ in self.workload.shapes)
         return list(zip(names, self.tensors, strict=True))
 
 
-def allocate(workload: Workload, seed: int = 0, std: float = 0.02) -> Parameters:
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def allocate(
+    workload: Workload, seed: int = 0, std: float = 0.02, device: torch.device | str = "cpu"
+) -> Parameters:
     """Weights ~ Normal(0, std), from the seed, and gradients of zeros; they exist from the start.
 
     Each tensor begins at a multiple of 64 bytes, as torch's own do.
@@ -102,9 +114,9 @@ def allocate(workload: Workload, seed: int = 0, std: float = 0.02) -> Parameters
     for _, shape in workload.shapes:
         places.append(size)
         size += -(-math.prod(shape) // step) * step
-    generator = torch.Generator().manual_seed(seed)
-    weights = torch.zeros(size, dtype=workload.dtype)
-    gradients = torch.zeros(size, dtype=workload.dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    weights = torch.zeros(size, dtype=workload.dtype, device=device)
+    gradients = torch.zeros(size, dtype=workload.dtype, device=device)
     gradients.fill_(0)  # zeros() may share one page of zeros until it is written
     tensors = []
     for at, (_, shape) in zip(places, workload.shapes, strict=True):
