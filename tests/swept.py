@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
+import pytest
 import torch
 from cases import CHUNK, DTYPES, fill, penalties
 from torch import Tensor
 
 from pyreg import pack
+from pyreg.backend.triton import interpreted
 from pyreg.dispatch import backend as backend_by_name
 from pyreg.penalties import Penalty
-
-
-def unavailable(backend: str, device: str) -> str | None:
-    """Why this backend cannot sweep tensors of this device here, or None."""
-    if device == "cuda" and not torch.cuda.is_available():
-        return "no GPU (torch.cuda.is_available() is False)"
-    if (why := backend_by_name(backend).missing()) is not None:
-        return why
-    (sample,) = pack.build([torch.ones(1, device=device)], pack.label, [0], ("l1",))
-    return backend_by_name(backend).refuses(sample, by_name=True)
 
 
 class Sweeps:
@@ -86,6 +79,49 @@ class Sweeps:
         return [*results, *self.tensors]
 
 
+@dataclass(frozen=True)
+class Place:
+    """A backend on a device."""
+
+    backend: str
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.backend}-{self.device}"
+
+    def sweeps(
+        self, tensors: list[Tensor], rules: list[Penalty], rule_of: list[int] | None = None
+    ) -> Sweeps:
+        return Sweeps(tensors, rules, rule_of, self.backend)
+
+    def rounds_twice(self, penalty: Penalty, dtype: torch.dtype) -> bool:
+        """Whether l1 + 2 l2 w may be off by two roundings from the oracle's.
+
+        In float64 the oracle itself rounds twice; the interpreter's tl.fma is a product and a sum.
+        """
+        return len(penalty.strengths) > 1 and (dtype == torch.float64 or interpreted())
+
+    def missing(self) -> str | None:
+        """Why this backend cannot sweep tensors of this device here, or None."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            return "no GPU (torch.cuda.is_available() is False)"
+        backend = backend_by_name(self.backend)
+        if (why := backend.missing()) is not None:
+            return why
+        (sample,) = pack.build([torch.ones(1, device=self.device)], pack.label, [0], ("l1",))
+        return backend.refuses(sample, by_name=True)
+
+
+ON_CPU = Place("triton" if interpreted() else "native", "cpu")
+ON_GPU = [Place("triton", "cuda"), Place("native", "cuda")]
+
+
+def each(places: list[Place]) -> list:
+    """The parameters of a fixture: those on a GPU have the marker."""
+    gpu = pytest.mark.gpu
+    return [pytest.param(p, marks=gpu if p.device == "cuda" else (), id=str(p)) for p in places]
+
+
 def old_gradients(tensors: list[Tensor]) -> list[Tensor]:
     """Numbers like the tensors' own, with their strides."""
     return [torch.empty_like(t).copy_(t.flip(list(range(t.ndim))) * 3) for t in tensors]
@@ -97,13 +133,13 @@ def flat(tensors: list[Tensor]) -> Tensor:
 
 
 def mixed(
-    seed: str = "mixed", device: str = "cpu"
+    seed: str = "mixed", device: str = "cpu", elements: int = 3 * CHUNK
 ) -> tuple[list[Tensor], list[Penalty], list[int]]:
     """Every dtype under every penalty in one call, with an empty tensor before each."""
     rules, tensors, rule_of = penalties(), [], []
     for r in range(len(rules)):
         for i, dtype in enumerate(DTYPES):
-            sizes = (0, 3 * CHUNK + 7 * r + i)
+            sizes = (0, elements + 7 * r + i)
             tensors += [fill((n,), dtype, device, f"{seed}{r}{i}") for n in sizes]
             rule_of += [r, r]
     return tensors, rules, rule_of

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
 
 import oracle
 import pytest
 import torch
 from cases import CHUNK, DTYPES, REGULAR, fill, penalties
-from swept import Sweeps, flat, mixed, old_gradients, unavailable
+from swept import flat, mixed, old_gradients
 from torch import Tensor
 
 import pyreg
 from pyreg.backend.triton import interpreted
-from pyreg.penalties import Penalty
 from pyreg.reference import compute_dtype
 
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -35,46 +33,11 @@ if interpreted():
 CASE = pytest.mark.parametrize("case", CASES, ids=repr)
 
 
-@dataclass(frozen=True)
-class Place:
-    """A backend on a device."""
-
-    backend: str
-    device: str
-
-    def sweeps(
-        self, tensors: list[Tensor], rules: list[Penalty], rule_of: list[int] | None = None
-    ) -> Sweeps:
-        return Sweeps(tensors, rules, rule_of, self.backend)
-
-    def rounds_twice(self, penalty: Penalty, dtype: torch.dtype) -> bool:
-        """Whether l1 + 2 l2 w may be off by two roundings from the oracle's.
-
-        In float64 the oracle itself rounds twice; the interpreter's tl.fma is a product and a sum.
-        """
-        return len(penalty.strengths) > 1 and (dtype == torch.float64 or interpreted())
-
-
 def narrowed(bound: Tensor, expected: Tensor, dtype: torch.dtype) -> Tensor:
     """A bound after both numbers were rounded to 16 bits, perhaps from either side of a border."""
     if dtype.itemsize > 2:
         return bound
     return bound + 2 * oracle.unit_roundoff(dtype) * expected.abs() + oracle.smallest(dtype)
-
-
-@pytest.fixture(
-    scope="module",
-    params=[
-        Place("triton" if interpreted() else "native", "cpu"),
-        pytest.param(Place("triton", "cuda"), marks=pytest.mark.gpu),
-        pytest.param(Place("native", "cuda"), marks=pytest.mark.gpu),
-    ],
-    ids=lambda place: f"{place.backend}-{place.device}",
-)
-def place(request):
-    if (why := unavailable(request.param.backend, request.param.device)) is not None:
-        pytest.skip(why)
-    return request.param
 
 
 @CASE
