@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..dispatch import requested_backend
+from .. import dispatch, pack
 from ..functional import penalty as penalty_of
 from ..penalties import Penalty
 from ..regularizer import Regularizer
@@ -156,12 +156,19 @@ def _make_limits() -> list[Way]:
     return [*limits, Way("dst.copy_(src)", "limit", _limits("copy", False), 2, limit_of="prox")]
 
 
+def serving(device: torch.device | str) -> list[str]:
+    """The backends that sweep tensors of this device, asked for by name; torch's is not counted."""
+    (sample,) = pack.build([torch.ones(1, device=device)], pack.label, [0], ("l1",))
+    chosen = (dispatch.backend(status.name) for status in dispatch.backends() if status.available)
+    return [b.name for b in chosen if b.name != "torch" and not b.refuses(sample, by_name=True)]
+
+
 def on_backend(way: Way, name: str) -> Way:
     """The same way on one of pyreg's backends, whichever else there are."""
 
     def prepare(parameters: Parameters, penalty: Penalty) -> Run:
         context = copy_context()  # entering use_backend at each run would be timed
-        context.run(requested_backend.set, name)
+        context.run(dispatch.requested_backend.set, name)
         run = context.run(way.prepare, parameters, penalty)
         return lambda: context.run(run)
 

@@ -170,7 +170,7 @@ WORKLOADS = {
         Workload("resnet", "ResNet-50, float32", tuple(resnet())),
         Workload("many", "2,000 tensors of 1,000, float32", tuple(many())),
         Workload("many-tiny", "10,000 tensors of 64, float32", tuple(many(10_000, 64))),
-        Workload("tiny", "30 tensors of 500, float32: to try a way", tuple(many(30, 500))),
+        Workload("tiny", "6 tensors of 700, float32: to try a way", tuple(many(6, 700))),
     )
 }
 
