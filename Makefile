@@ -19,8 +19,7 @@ demo: $(VENV)/built
 test: $(VENV)/built ctest
 	$(PY) -P -m pytest --import-mode=importlib -m "not wheel"
 	TRITON_INTERPRET=1 $(PY) -P -m pytest --import-mode=importlib \
-		tests/test_sweeps.py tests/test_gpu.py tests/test_triton_kernels.py \
-		tests/test_triton_backend.py
+		tests/test_sweeps.py tests/test_triton_kernels.py tests/test_triton_backend.py
 
 # The C++ tests of csrc by itself.
 ctest: $(VENV)/installed
@@ -55,10 +54,10 @@ bench: $(VENV)/built
 OUT ?= gpu-results
 ifdef DRY_RUN
 gpu-check: $(VENV)/built
-	$(PY) -m bench.gpu $(OUT) --dry-run
+	$(PY) -m bench.gpu $(OUT) --dry-run $(if $(WHEELS),--wheels $(WHEELS))
 else
 gpu-check:
-	$(PYTHON) -m bench.gpu $(OUT) $(if $(WHEELS),--wheels $(WHEELS))
+	$(PYTHON) -m bench.gpu $(OUT) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(COMMIT),--commit $(COMMIT))
 endif
 
 # What a GPU machine without a network may lack, for its Python: carry the folder there.

@@ -267,12 +267,12 @@ def test_capture_without_warm_up(gpu, place):
 
 def test_two_streams_at_once(place):
     """One regularizer on both, and one of its own on each: nobody's scratch is another's."""
-    streams = [device.stream(on(place)) for _ in range(2)]
-    own = [parameters(place, count=5) for _ in streams]
+    own = [parameters(place, count=5) for _ in range(2)]
     shared = pyreg.Regularizer(parameters(place, count=7), BOTH)
     with torch.no_grad():
         expected = shared()
     regs = [pyreg.Regularizer(named, pyreg.L1(0.5)) for named in own]
+    streams = [device.stream(on(place)) for _ in own]
     values = []
     for _ in range(size(place, 50, 2)):
         for stream, reg, named in zip(streams, regs, own, strict=True):
@@ -287,16 +287,14 @@ def test_two_streams_at_once(place):
 
 
 def test_memory_that_another_tensor_took_over(place):
-    """A freed parameter's address, with another dtype and size in it."""
-    p = nn.Parameter(torch.full((1024,), 2.0, device=on(place)))
+    """A freed parameter's address, with other numbers, another dtype and another size in it."""
+    memory = torch.empty(4096, dtype=torch.uint8, device=on(place))
     with torch.no_grad():
-        assert pyreg.l1([p], 1.0) == 2048
-        address = p.data_ptr()
-        del p
-        q = nn.Parameter(torch.full((2048,), 3.0, dtype=torch.bfloat16, device=on(place)))
-        if place.device == "cuda":
-            assert q.data_ptr() == address  # the allocator's newest free block of that size
-        assert pyreg.l1([q], 1.0) == 6144
+        for dtype, number in ((torch.float32, 2.0), (torch.float32, 5.0), (torch.bfloat16, 3.0)):
+            p = nn.Parameter(memory.view(dtype))
+            p.fill_(number)
+            assert pyreg.l1([p], 1.0) == number * p.numel()
+            del p
 
 
 def test_replaced_data(place):

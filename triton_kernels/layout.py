@@ -38,9 +38,9 @@ class Layout:
 
     Every sweep is one kernel launch, however many tensors there are, and never waits for the
     device. `strengths` is float64 [rules, 2] on the device, 0 in columns that a penalty has no use
-    for. `scale` and `step` are float64 tensors of one element on the device, or numbers (tensors
-    only while a CUDA graph is captured; a replay reads them anew). Graphs captured from one layout
-    share scratch memory: replay them one after the other.
+    for. `scale` and `step` are float64 tensors of one element on the device, or numbers; of what a
+    CUDA graph captured, a replay reads tensors anew, and numbers are what they were. Graphs
+    captured from one layout share scratch memory: replay them one after the other.
 
     Raises:
         StaleLayout: a call's tensors differ from the layout's in number, dtype, size, strides or
@@ -80,7 +80,7 @@ class Layout:
             )
         self._addresses = Addresses(self.device)
         self._grad_addresses = Addresses(self.device)
-        self._numbers: dict[int, tuple[float, Tensor]] = {}
+        self._numbers: dict[tuple[int, str], tuple[float, Tensor]] = {}
         self._check_devices(tensors)
         if tensors:
             _check_usable(self.device)
@@ -191,9 +191,10 @@ class Layout:
             queue = current(self.device)
             w = self._addresses.on(queue, addresses)
             g = w if grads is None else self._grad_addresses.on(queue, grad_addresses)
-            plan.launch(queue, sweep, w, g, strengths, self._number(queue, scale), out, value)
+            scale = self._number(queue, sweep, scale)
+            plan.launch(queue, sweep, w, g, strengths, scale, out, value)
 
-    def _number(self, queue: Queue, x: Tensor | float) -> Tensor:
+    def _number(self, queue: Queue, sweep: str, x: Tensor | float) -> Tensor:
         """x in device memory; a number is written there by the stream itself when it changed."""
         if isinstance(x, Tensor):
             if x.dtype != torch.float64 or x.device != self.device:
@@ -202,16 +203,14 @@ class Layout:
                     f"got {x.dtype} on {x.device}"
                 )
             return x
-        if queue.capturing:
-            raise RuntimeError(
-                "a CUDA graph is being captured: pass scale or step as a float64 tensor"
-            )
-        known, tensor = self._numbers.get(queue.key, (None, None))
+        if queue.capturing:  # the graph writes it itself, into memory of its own
+            return torch.full((), x, dtype=torch.float64, device=self.device)
+        known, tensor = self._numbers.get((queue.key, sweep), (None, None))
         if tensor is None:
             tensor = torch.empty((), dtype=torch.float64, device=self.device)
         if known != x:
             tensor.fill_(x)
-            self._numbers[queue.key] = (x, tensor)
+            self._numbers[queue.key, sweep] = (x, tensor)
         return tensor
 
     def _check_strengths(self, strengths: Tensor) -> None:

@@ -143,6 +143,9 @@ def install(check: Check, wheels: Path | None, work: Path) -> None:
         missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
         check.skip("wheels", f"none given; missing: {', '.join(missing) or 'nothing'}")
     check.environment.setdefault("PYREG_BUILD", "cpu")  # not auto: it is to fail here
+    # Not into build/ here, where modules of another day would be packed up with these.
+    (work / "build.cfg").write_text(f"[build]\nbuild_base = {work / 'build'}\n")
+    check.environment["DIST_EXTRA_CONFIG"] = str(work / "build.cfg")
     check.run("build", 150, [*pip, "--no-build-isolation", "--target", str(site), str(ROOT)])
 
 
@@ -159,7 +162,7 @@ def sanitize(check: Check, tool: str, python: list[str]) -> None:
     check.run(tool, 45, command, environment=environment)
 
 
-def steps(check: Check, wheels: Path | None, work: Path) -> None:
+def steps(check: Check, wheels: Path | None, commit: str, work: Path) -> None:
     dry = ["--dry-run"] if check.dry else []
     python = [sys.executable, "-P"]
     smi = shutil.which("nvidia-smi")
@@ -168,11 +171,10 @@ def steps(check: Check, wheels: Path | None, work: Path) -> None:
     else:
         check.run("nvidia-smi", 20, [smi])
     check.run("versions", 60, [*python, "-c", VERSIONS])
-    commit = shutil.which("git") and (ROOT / ".git").exists()
-    if commit:
+    if (ROOT / ".git").exists() and shutil.which("git"):
         check.run("commit", 10, ["git", "log", "-1", "--oneline"], ["git", "status", "--short"])
     else:
-        check.skip("commit", "not a checkout, or no git")
+        check.skip("commit", commit or "no checkout here")
     install(check, wheels, work)
     check.run("backends", 60, [*python, "-c", SERVING])
     # Triton compiles a kernel on one core and keeps it on disk: here on all of them.
@@ -181,10 +183,12 @@ def steps(check: Check, wheels: Path | None, work: Path) -> None:
     shares = [[*share, str(i), str(parts)] for i in range(1 if check.dry else parts)]
     check.run("kernels", 60, *shares)
     pytest = [*python, "-m", "pytest", "--import-mode=importlib", "-p", "no:cacheprovider"]
-    selection = ["tests/test_gpu.py"] if check.dry else ["-m", "gpu", "tests"]
+    selection = ["tests/test_gpu.py"]
+    if not check.dry:  # in the dry run `make test` has run the others
+        selection += ["tests/test_sweeps.py", "-m", "gpu"]
     check.run("tests", 170, [*pytest, f"--junitxml={check.out}/tests.xml", "-rs", *selection])
     figures = [*python, "-m", "bench.gpu.figures", "--out", str(check.out), "--seconds", "100"]
-    check.run("figures", 120, [*figures, *dry])
+    check.run("figures", 120, [*figures, "--commit", commit, *dry])
     sanitize(check, "memcheck", python)
     sanitize(check, "racecheck", python)
 
@@ -193,6 +197,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("out", type=Path, help="folder for the results")
     parser.add_argument("--wheels", type=Path, help="folder of wheels to install first")
+    parser.add_argument("--commit", default="", help="to record where the files are no checkout")
     parser.add_argument("--dry-run", action="store_true", help="every step, on CPU tensors")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -201,7 +206,7 @@ def main() -> int:
     if check.dry:
         check.environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as work:
-        steps(check, options.wheels and options.wheels.resolve(), Path(work))
+        steps(check, options.wheels and options.wheels.resolve(), options.commit, Path(work))
     return check.finish()
 
 

@@ -10,14 +10,24 @@ import json
 import sys
 import time
 import traceback
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 import pyreg
 from bench import targets as cpu_targets
-from pyreg.profiling import WAYS, WORKLOADS, Record, Row, Workload, allocate, environment, measure
+from pyreg.profiling import (
+    WAYS,
+    WORKLOADS,
+    Environment,
+    Record,
+    Row,
+    Workload,
+    allocate,
+    environment,
+    measure,
+)
 from pyreg.profiling.ways import serving
 
 from . import targets
@@ -52,9 +62,9 @@ def measure_one(
     )
 
 
-def write(out: Path, rows: list[Row], backends: list[str]) -> str:
+def write(out: Path, where: Environment, rows: list[Row], backends: list[str]) -> str:
     """The three files; returns the tables."""
-    record = Record(environment(), tuple(rows))
+    record = Record(where, tuple(rows))
     verdicts = targets.judge(rows, backends)
     extra = {"targets": [asdict(verdict) for verdict in verdicts]}
     (out / "gpu.json").write_text(json.dumps(record.to_dict() | extra, indent=1) + "\n")
@@ -84,9 +94,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=100.0, help="none is begun after these")
     parser.add_argument("--dry-run", action="store_true", help="one tiny workload on CPU tensors")
+    parser.add_argument("--commit", help="where the files are no checkout")
     options = parser.parse_args()
     device = torch.device("cpu" if options.dry_run else "cuda")
     backends = serving(device)
+    where = environment(Path(__file__).resolve().parents[2])
+    if options.commit:
+        where = replace(where, commit=options.commit)
     plan = {"tiny": ("loop", "foreach")} if options.dry_run else ON_GPU
     began, rows, failed = time.monotonic(), [], False
     for name, peers in plan.items():
@@ -99,7 +113,7 @@ def main() -> int:
             failed = True
             traceback.print_exc()
         print(f"{name}: {time.monotonic() - began:.0f} s so far", flush=True)
-        tables = write(options.out, rows, backends)
+        tables = write(options.out, where, rows, backends)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     print(tables)

@@ -39,6 +39,7 @@ class _State:
         self.layout = layout
         self.numbers: tuple[float, ...] | None = None
         self.strengths: Tensor | None = None  # the numbers on the device
+        self.captured: list[Tensor] = []  # those that a CUDA graph goes on reading
         self.grad_pointers: list[int] = []
         self.others: list[int] = []  # rows whose gradient has other strides than the tensor
 
@@ -152,14 +153,17 @@ class TritonBackend:
             with torch.no_grad():
                 return stack_strengths(rules, pack.device, width=2)
         numbers = tuple(flat)
+        capturing = pack.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if numbers != state.numbers:
-            if pack.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if capturing:
                 raise RuntimeError(
                     "a strength that is a number cannot change while a CUDA graph is captured: "
-                    "run the sweep once before, or make the strength a 0-dim tensor on the device"
+                    "run this sweep once before, or make the strength a 0-dim tensor on the device"
                 )
             state.strengths = stack_strengths(rules, pack.device, width=2)
             state.numbers = numbers
+        if capturing:
+            state.captured.append(state.strengths)
         return state.strengths
 
 

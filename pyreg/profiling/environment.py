@@ -42,8 +42,8 @@ class Environment:
         )
 
 
-def environment() -> Environment:
-    """The environment now."""
+def environment(checkout: Path | None = None) -> Environment:
+    """The environment now, with the commit of this checkout (by default the one it is run from)."""
     from .. import __version__  # defined once the package is fully imported
 
     name = requested()
@@ -60,7 +60,7 @@ def environment() -> Environment:
         torch=torch.__version__,
         pyreg=__version__,
         backend=f"{status.name} ({status.detail})",
-        commit=_commit(Path(__file__).resolve().parents[2]),
+        commit=_commit(checkout or Path(__file__).resolve().parents[2]),
     )
 
 

@@ -58,6 +58,18 @@ def cells(row: Row) -> list[str]:
     ]
 
 
+HEAD_ON_GPU = (*HEAD, "host us", "launches")
+
+
+def cells_on_gpu(row: Row) -> list[str]:
+    """A row as text, under HEAD_ON_GPU."""
+    return [
+        *cells(row),
+        "" if row.host_seconds is None else f"{1e6 * row.host_seconds:.0f}",
+        "" if row.kernels is None else f"{row.kernels}",
+    ]
+
+
 def milliseconds(seconds: float) -> str:
     """Three significant digits, no exponent."""
     ms = 1e3 * seconds
@@ -87,7 +99,10 @@ class Record:
         parts = [str(self.environment)]
         for (workload, penalty), rows in self.groups().items():
             lines = [f"{workload}, {penalty}"]
-            lines.append(table(HEAD, [cells(row) for row in rows], right=range(1, 8)))
+            cell, head = cells, HEAD
+            if any(row.host_seconds is not None for row in rows):
+                cell, head = cells_on_gpu, HEAD_ON_GPU
+            lines.append(table(head, [cell(row) for row in rows], right=range(1, len(head))))
             lines += [f"{row.way}: {row.note}" for row in rows if row.note]
             parts.append("\n".join(lines))
         return "\n\n".join(parts)
