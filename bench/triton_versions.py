@@ -41,9 +41,7 @@ def run(version: str) -> dict[str, object]:
             stdout=subprocess.DEVNULL,
         )
         suite = ElementTree.parse(report).getroot().find("testsuite")
-        numpy = (
-            next(Path(folder).glob("numpy-*.dist-info")).name.split("-")[1].removesuffix(".dist")
-        )
+        numpy = next(Path(folder).glob("numpy-*.dist-info")).stem.removeprefix("numpy-")
     cases = suite.findall("testcase")
     failed = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
     skipped = sum(c.find("skipped") is not None for c in cases)
