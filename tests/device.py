@@ -28,19 +28,24 @@ def launches(device: torch.device, run: Callable[[], object]) -> list[str]:
     """The kernels, copies and fills of one run; on the CPU, the sweeps that Triton is asked for."""
     if device.type == "cuda":
         return kernels(run)
-    from pyreg.triton_kernels import launch
+    from pyreg.triton_kernels import sweeps
 
-    names, plain = [], launch.Plan.launch
+    names: list[str] = []
+    kernel = sweeps.sweep
 
-    def counting(self, queue, sweep, *args):
-        names.append(sweep)
-        plain(self, queue, sweep, *args)
+    class Counted:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable:
+            def launch(*operands: object, **constants: object) -> None:
+                names.append(constants["SWEEP"])
+                kernel[grid](*operands, **constants)
 
-    launch.Plan.launch = counting
+            return launch
+
+    sweeps.sweep = Counted()
     try:
         run()
     finally:
-        launch.Plan.launch = plain
+        sweeps.sweep = kernel
     return names
 
 

@@ -155,7 +155,7 @@ def sanitize(check: Check, tool: str, python: list[str]) -> None:
     # Each tensor an allocation of its own, so that the byte behind it belongs to nobody.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     if not check.dry:
-        if shutil.which("compute-sanitizer") is None:
+        if shutil.which("compute-sanitizer", path=check.environment["PATH"]) is None:
             check.skip(tool, "compute-sanitizer is not on the path")
             return
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *command]
@@ -203,6 +203,8 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     check = Check(options.out.resolve(), options.dry_run)
     (check.out / "gpu.log").write_text("")
+    # Last on the path: where CUDA's tools are by default.
+    check.environment["PATH"] += os.pathsep + "/usr/local/cuda/bin"
     if check.dry:
         check.environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as work:

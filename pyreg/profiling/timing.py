@@ -92,7 +92,7 @@ def _device_seconds(run: Callable[[], object], times: int) -> float:
     return start.elapsed_time(end) / 1e3 / times
 
 
-def host_seconds(run: Callable[[], object], samples: int = 31) -> float:
+def host_seconds(run: Callable[[], object], samples: int) -> float:
     """Median time until a run returns to the host, whose GPU has nothing else to do."""
     seconds = []
     for _ in range(samples):
