@@ -117,7 +117,8 @@ def main() -> int:
         if device.type == "cuda":
             torch.cuda.empty_cache()
     print(tables)
-    draw(options.out, rows)
+    if rows:
+        draw(options.out, rows)
     return 1 if failed else 0
 
 
