@@ -192,9 +192,9 @@ def steps(check: Check, wheels: Path | None, commit: str, work: Path) -> None:
         selection += ["tests/test_sweeps.py", "-m", "gpu"]
     tests = [*pytest, f"--junitxml={check.out}/tests.xml", "-rs", *selection]
     summary = check.run("tests", 170, tests)
-    check.steps[-1].reason = summary
-    if "passed" not in summary:  # for pytest, tests that are all skipped are a success
-        check.steps[-1].result = "failed"
+    step = check.steps[-1]
+    if step.result == "passed":  # as it is for pytest when all were skipped
+        step.result, step.reason = ("passed" if "passed" in summary else "failed"), summary
     figures = [*python, "-m", "bench.gpu.figures", "--out", str(check.out), "--seconds", "100"]
     check.run("figures", 120, [*figures, "--commit", commit, *dry])
     sanitize(check, "memcheck", python)
