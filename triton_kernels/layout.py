@@ -136,16 +136,20 @@ class Layout:
         grads: Sequence[Tensor | None],
         strengths: Tensor,
         scale: Tensor | float,
+        addresses: list[int] | None = None,
     ) -> Tensor:
         """grads[i] += scale * grad Omega(tensors[i]), and the value. Reads 2 N, writes N.
 
-        A tensor without a gradient adds to the value only.
+        A tensor without a gradient adds to the value only. `addresses` are those of `grads`, 0 for
+        none, where the caller has read them already.
 
         Returns:
             float32 [] (float64 if any tensor is): the value, not multiplied by `scale`.
         """
         value, sums = self._totals()
-        self._sweep(self._by_rule, "accumulate", tensors, grads, strengths, scale, sums, value)
+        self._sweep(
+            self._by_rule, "accumulate", tensors, grads, strengths, scale, sums, value, addresses
+        )
         return value
 
     def prox(self, tensors: list[Tensor], strengths: Tensor, step: Tensor | float) -> None:
@@ -177,9 +181,11 @@ class Layout:
         scale: Tensor | float,
         out: Tensor | None = None,
         value: Tensor | None = None,
+        grad_addresses: list[int] | None = None,
     ) -> None:
         addresses = self._check(tensors)
-        grad_addresses = addresses if grads is None else self._check_grads(grads)
+        if grads is not None:
+            grad_addresses = self._check_grads(grads, grad_addresses)
         if sweep != "stats":
             self._check_strengths(strengths)
         if not tensors:
@@ -246,11 +252,11 @@ class Layout:
             self._check_devices(tensors)
         return addresses
 
-    def _check_grads(self, grads: Sequence[Tensor | None]) -> list[int]:
+    def _check_grads(
+        self, grads: Sequence[Tensor | None], addresses: list[int] | None
+    ) -> list[int]:
         """The gradients' addresses, 0 for none. Looks closer at those that moved only."""
-        try:
-            addresses = list(map(Tensor.data_ptr, grads))
-        except TypeError:
+        if addresses is None:
             addresses = [0 if g is None else g.data_ptr() for g in grads]
         addresses, moved = self._grad_addresses.recognize(addresses)
         if moved:
