@@ -11,7 +11,7 @@ NATIVE_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name 'CMake
 CXX_FOUND := $(shell command -v $${CXX:-c++} || command -v g++ || command -v clang++)
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: demo test ctest wheel-test lint format bench doctor clean
+.PHONY: demo test ctest wheel-test lint format bench gpu-check gpu-wheels doctor clean
 
 demo: $(VENV)/built
 	$(PY) -P -m pyreg demo
@@ -19,7 +19,7 @@ demo: $(VENV)/built
 test: $(VENV)/built ctest
 	$(PY) -P -m pytest --import-mode=importlib -m "not wheel"
 	TRITON_INTERPRET=1 $(PY) -P -m pytest --import-mode=importlib \
-		tests/test_triton_kernels.py tests/test_triton_backend.py
+		tests/test_sweeps.py tests/test_triton_kernels.py tests/test_triton_backend.py
 
 # The C++ tests of csrc by itself.
 ctest: $(VENV)/installed
@@ -48,6 +48,26 @@ format: $(VENV)/installed
 # Every figure in the README, on this machine; takes some minutes.
 bench: $(VENV)/built
 	$(PY) -m bench
+
+# All that needs a GPU, in one command without a network: `make gpu-check OUT=folder WHEELS=folder`.
+# DRY_RUN=1 walks its steps on a machine without one.
+OUT ?= gpu-results
+ifdef DRY_RUN
+gpu-check: $(VENV)/built
+	$(PY) -m bench.gpu $(OUT) --dry-run $(if $(WHEELS),--wheels $(WHEELS))
+else
+gpu-check:
+	$(PYTHON) -m bench.gpu $(OUT) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(COMMIT),--commit $(COMMIT))
+endif
+
+# What a GPU machine without a network may lack, for its Python: carry the folder there.
+GPU_PYTHON := 3.12
+gpu-wheels: $(VENV)/installed
+	$(PY) -m pip download --only-binary=:all: --python-version $(GPU_PYTHON) --no-deps -d wheels \
+		--platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 --platform any \
+		pytest==9.0.1 pluggy iniconfig packaging pygments hypothesis==6.155.2 sortedcontainers \
+		pybind11==3.0.1 setuptools==80.9.0 \
+		matplotlib==3.10.7 contourpy cycler fonttools kiwisolver pillow pyparsing python-dateutil six
 
 doctor: $(VENV)/built
 	$(PY) -P -m pyreg doctor

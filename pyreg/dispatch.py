@@ -18,7 +18,7 @@ from .pack import Pack
 
 # Fastest first.
 _CLASSES = {"native": "NativeBackend", "triton": "TritonBackend", "torch": "TorchBackend"}
-_requested: ContextVar[str | None] = ContextVar("pyreg_backend", default=None)
+requested_backend: ContextVar[str | None] = ContextVar("pyreg_backend", default=None)
 
 
 class BackendError(RuntimeError):
@@ -58,7 +58,7 @@ def _known(name: str, source: str) -> str:
 
 def requested() -> str:
     """The backend asked for: by `use_backend`, else by PYREG_BACKEND, else "auto"."""
-    name = _requested.get()
+    name = requested_backend.get()
     if name is not None:
         return name
     return _known(os.environ.get("PYREG_BACKEND") or "auto", "PYREG_BACKEND")
@@ -78,11 +78,11 @@ def use_backend(name: str) -> Iterator[None]:
     _known(name, "use_backend")
     if name != "auto" and (why := backend(name).missing()) is not None:
         raise BackendError(f"backend {name!r} is not available: {why}")
-    token = _requested.set(name)
+    token = requested_backend.set(name)
     try:
         yield
     finally:
-        _requested.reset(token)
+        requested_backend.reset(token)
 
 
 class Choice(NamedTuple):

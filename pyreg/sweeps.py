@@ -38,7 +38,7 @@ def add_values(values: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The sum on the first value's device."""
     total = values[0]
     for value in values[1:]:
-        total = total + value.to(total.device)
+        total = total.double() + value.to(total.device)
     return total.to(dtype)
 
 

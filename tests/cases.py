@@ -20,6 +20,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CHUNK = 4096  # csrc/table.h: kChunk
 LANES = 256  # csrc/cpu/kernels.cpp: kLanes
 SEGMENTS = 4096  # csrc/table.h: kSegments
+TRITON_CHUNKS = (512, 1024, 2048)  # triton_kernels/sweeps.py: CHUNK, or half, by the dtype's size
 
 # Example strengths by penalty. 0 is allowed; 1e-3 is no float32; each penalty has at least one set.
 STRENGTHS: dict[str, tuple[tuple[float, ...], ...]] = {
@@ -75,6 +76,7 @@ CASES = [
     *(Case(f"{n}", lambda new, n=n: [new(n)]) for n in (15, 16, 17, 31, 32, 33)),
     *(Case(f"lanes{d:+}", lambda new, d=d: [new(LANES + d)]) for d in (-1, 0, 1)),
     *(Case(f"chunk{d:+}", lambda new, d=d: [new(CHUNK + d)]) for d in (-1, 0, 1)),
+    Case("kib", lambda new: [new(n + d) for n in TRITON_CHUNKS for d in (-1, 0, 1)]),
     Case("segments", lambda new: [new(5 * CHUNK + 1), new(CHUNK), new(3 * CHUNK - 1)]),
     Case("threaded", lambda new: [new(9 * CHUNK + 13), new(7), new(257, 17)]),
     Case("offset", lambda new: [new(18)[1:], new(CHUNK + 2)[1:], new(9, 8)[1:]]),

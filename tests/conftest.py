@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # for cases and oracle, under im
 settings.register_profile("pyreg", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("pyreg")
 
+from swept import ON_CPU, ON_GPU, each  # noqa: E402
+
 
 @pytest.fixture(params=["native", "torch"])
 def backend(request):
@@ -28,6 +30,14 @@ def backend(request):
         pytest.skip(why)
     with pyreg.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="session", params=each([ON_CPU, *ON_GPU]))
+def place(request):
+    """A backend and the device whose tensors it sweeps."""
+    if (why := request.param.missing()) is not None:
+        pytest.skip(why)
+    return request.param
 
 
 @pytest.fixture

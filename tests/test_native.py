@@ -1,8 +1,10 @@
-"""The native sweeps on the CPU against the oracle: every sweep x penalty x dtype x case."""
+"""What only the native backend on the CPU has: threads, instruction sets, the exchange API.
+
+Its sweeps against the oracle: test_sweeps.py.
+"""
 
 from __future__ import annotations
 
-import itertools
 import math
 import mmap
 import sys
@@ -13,159 +15,17 @@ import oracle
 import pytest
 import torch
 from cases import CASES, CHUNK, DTYPES, IRREGULAR, REGULAR, SEGMENTS, Case, fill, penalties
+from swept import Sweeps, flat, mixed
 from torch import Tensor
 
 import pyreg
 from pyreg import pack
-from pyreg.dispatch import backend as backend_by_name
-from pyreg.penalties import Penalty
 
 pytestmark = pytest.mark.usefixtures("native")
 
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-CASE = pytest.mark.parametrize("case", REGULAR, ids=repr)
 THREADS = (1, 2, 3, 8)
 LONG = Case("long", lambda new: [new(3), new((SEGMENTS + 3) * CHUNK + 5), new(9)])
-
-
-class Sweeps:
-    """The sweeps of one backend over some tensors, each row with its own rule."""
-
-    def __init__(
-        self, tensors: list[Tensor], rules: list[Penalty], rule_of: list[int] | None = None
-    ) -> None:
-        self.tensors, self.rules = tensors, rules
-        self.rule_of = rule_of or [0] * len(tensors)
-        names = tuple(rule.name for rule in rules)
-        (self.pack,) = pack.build(tensors, pack.label, self.rule_of, names)
-        self.backend = backend_by_name("native")
-        assert self.backend.refuses(self.pack) is None
-
-    def value(self) -> float:
-        return self.backend.value(self.pack, self.tensors, self.rules)[0].item()
-
-    def gradient(self, scale: float = 1.0) -> list[Tensor]:
-        """Written into memory full of NaN."""
-        grads = self.pack.flat_gradient()
-        for g in grads:
-            g.fill_(math.nan)
-        self.backend.gradient(self.pack, self.tensors, grads, self.rules, scale)
-        return grads
-
-    def accumulate(self, grads: list[Tensor | None], scale: float = 1.0) -> float:
-        for t, g in zip(self.tensors, grads, strict=True):
-            t.grad = g
-        value, present = self.backend.accumulate(self.pack, self.tensors, self.rules, scale)
-        assert present == sum(g is not None for g in grads)
-        return value.item()
-
-    def prox(self, step: float) -> None:
-        self.backend.prox(self.pack, self.tensors, self.rules, step)
-
-    def stats(self) -> Tensor:
-        return self.backend.stats(self.pack, self.tensors)
-
-    def everything(self) -> list[Tensor]:
-        """The results of all sweeps; the last one, prox, changes the tensors."""
-        grads = [torch.ones_like(t) for t in self.tensors]
-        results = [
-            torch.tensor(self.value()).double(),
-            *self.gradient(0.7),
-            torch.tensor(self.accumulate(grads, 0.7)).double(),
-            *grads,
-            self.stats(),
-        ]
-        self.prox(0.3)
-        return [*results, *self.tensors]
-
-
-def old_gradients(tensors: list[Tensor]) -> list[Tensor]:
-    """Numbers like the tensors' own, with their strides."""
-    return [torch.empty_like(t).copy_(t.flip(list(range(t.ndim))) * 3) for t in tensors]
-
-
-def flat(tensors: list[Tensor]) -> Tensor:
-    """All elements in one copy: the formulas go by element, so thousands of rows are one check."""
-    return torch.cat([t.detach().reshape(-1) for t in tensors])
-
-
-@CASE
-@DTYPE
-def test_value(dtype, case):
-    """Within the tolerance of oracle.value_tolerance; 0 for no elements."""
-    tensors = case.build(dtype)
-    w, tolerance = [flat(tensors)], oracle.value_tolerance(tensors)
-    for penalty in penalties():
-        got = Sweeps(tensors, [penalty]).value()
-        assert oracle.close(got, oracle.value(penalty, w), tolerance), penalty
-
-
-@CASE
-@DTYPE
-def test_gradient(dtype, case):
-    """The bits of the exact gradient rounded once, times the scale; every element is written."""
-    tensors = case.build(dtype)
-    w = flat(tensors)
-    for penalty, scale in itertools.product(penalties(), (1.0, 0.3)):
-        got = flat(Sweeps(tensors, [penalty]).gradient(scale))
-        expected = oracle.gradient(penalty, w, scale)
-        if rounds_twice(penalty, dtype):
-            bound = 2**-53 * (4 * expected.abs() + 2 * max(penalty.strengths))
-            assert ((got - expected).abs() <= bound).all(), penalty
-        else:
-            assert oracle.same(got, expected), penalty
-
-
-def rounds_twice(penalty: Penalty, dtype: torch.dtype) -> bool:
-    """In float64 the oracle itself rounds l1 + 2 l2 w twice, native once. The product (<= |g| + l1)
-    and the sum may each be off by u = 2^-53, before and after a scale <= 1 (and an addition)."""
-    return dtype == torch.float64 and len(penalty.strengths) > 1
-
-
-@CASE
-@DTYPE
-def test_accumulate(dtype, case):
-    """old + scale * gradient, added in the compute dtype and rounded once; and the value."""
-    tensors = case.build(dtype)
-    before, w, tolerance = old_gradients(tensors), flat(tensors), oracle.value_tolerance(tensors)
-    old = flat(before)
-    for penalty in penalties():
-        grads = [torch.empty_like(g).copy_(g) for g in before]
-        value = Sweeps(tensors, [penalty]).accumulate(grads, 0.3)
-        assert oracle.close(value, oracle.value(penalty, [w]), tolerance), penalty
-        got, expected = flat(grads), oracle.gradient(penalty, w, 0.3, old)
-        if rounds_twice(penalty, dtype):
-            bound = 2**-53 * (6 * expected.abs() + 4 * old.abs() + 2 * max(penalty.strengths))
-            assert ((got - expected).abs() <= bound).all(), penalty
-        else:
-            assert oracle.same(got, expected), penalty
-
-
-@CASE
-@DTYPE
-def test_prox(dtype, case):
-    """Within oracle.prox's tolerance of the float64 prox, at small and large steps."""
-    tensors = case.build(dtype)
-    w, before = flat(tensors), [t.clone() for t in tensors]
-    for penalty, step in itertools.product(penalties(), (0.01, 1e5)):
-        torch._foreach_copy_(tensors, before)
-        exact, tolerance = oracle.prox(penalty, w, step)
-        Sweeps(tensors, [penalty]).prox(step)
-        assert ((flat(tensors).double() - exact).abs() <= tolerance).all(), (penalty, step)
-
-
-@CASE
-@DTYPE
-def test_stats(dtype, case):
-    """Sums within the value's tolerance; maximum and counts exactly."""
-    tensors = case.build(dtype)
-    table = Sweeps(tensors, [pyreg.L1(1)]).stats()
-    assert table.shape == (len(tensors), 5)
-    for row, t in zip(table, tensors, strict=True):
-        expected = pyreg.reference.stats(t)
-        assert torch.equal(row[2:], expected[2:])
-        for got, want in zip(row[:2].tolist(), expected[:2].tolist(), strict=True):
-            assert oracle.close(got, want, oracle.value_tolerance([t]))
 
 
 def test_segments_of_several_chunks():
@@ -190,82 +50,6 @@ def test_segments_of_several_chunks():
     for p in parts:
         p.prox(0.9)
     assert oracle.same(flat(tensors), flat(slices))
-
-
-def mixed(seed: str = "mixed") -> tuple[list[Tensor], list[Penalty], list[int]]:
-    """Every dtype under every penalty in one call, with an empty tensor before each."""
-    rules, tensors, rule_of = penalties(), [], []
-    for r in range(len(rules)):
-        for i, dtype in enumerate(DTYPES):
-            sizes = (0, 3 * CHUNK + 7 * r + i)
-            tensors += [fill((n,), dtype, "cpu", f"{seed}{r}{i}") for n in sizes]
-            rule_of += [r, r]
-    return tensors, rules, rule_of
-
-
-def test_mixed_dtypes_and_penalties_in_one_call():
-    """The value is the sum of what each row gives alone, and so are gradients, prox and stats."""
-    tensors, rules, rule_of = mixed()
-    together = Sweeps(tensors, rules, rule_of)
-    parts = [oracle.value(rules[r], [t]) for t, r in zip(tensors, rule_of, strict=True)]
-    tolerance = max(oracle.value_tolerance([t]) for t in tensors)
-    assert oracle.close(together.value(), math.fsum(parts), tolerance)
-    alone = [Sweeps([t.clone()], [rules[r]]) for t, r in zip(tensors, rule_of, strict=True)]
-    for g, one in zip(together.gradient(), alone, strict=True):
-        assert oracle.same(g, one.gradient()[0])
-    assert torch.equal(together.stats(), torch.cat([one.stats() for one in alone]))
-    grads, own = old_gradients(tensors), old_gradients(tensors)
-    together.accumulate(grads)
-    for g, h, one in zip(grads, own, alone, strict=True):
-        one.accumulate([h])
-        assert oracle.same(g, h)
-    together.prox(0.3)
-    for t, one in zip(tensors, alone, strict=True):
-        one.prox(0.3)
-        assert oracle.same(t, one.tensors[0])
-
-
-def test_sums_are_per_rule():
-    """value() also returns each rule's sums: the derivatives by its strengths."""
-    tensors = [fill((500,), torch.float32, "cpu", f"sums{i}") for i in range(3)]
-    rules = [pyreg.ElasticNet(1, 1), pyreg.L1(1)]
-    sweeps = Sweeps(tensors, rules, [0, 1, 0])
-    _, sums = sweeps.backend.value(sweeps.pack, tensors, rules)
-    l1 = [t.double().abs().sum().item() for t in tensors]
-    l2 = [t.double().square().sum().item() for t in tensors]
-    assert sums[0] == pytest.approx([l1[0] + l1[2], l2[0] + l2[2]], rel=1e-6)
-    assert sums[1][0] == pytest.approx(l1[1], rel=1e-6)
-
-
-def test_rows_without_a_gradient_are_left_out():
-    """gradient() skips a None; accumulate() counts it in the value and makes no gradient."""
-    tensors = [fill((300,), torch.float32, "cpu", f"none{i}") for i in range(3)]
-    sweeps = Sweeps(tensors, [pyreg.L1(0.5)])
-    out = [torch.full_like(t, 7.0) for t in tensors]
-    sweeps.backend.gradient(sweeps.pack, tensors, [out[0], None, out[2]], sweeps.rules, 1.0)
-    assert oracle.same(out[0], oracle.gradient(sweeps.rules[0], tensors[0]))
-    assert (out[1] == 7).all()
-    value = sweeps.accumulate([None, torch.zeros(300), None])
-    assert value == sweeps.value()
-    assert tensors[0].grad is None
-    assert oracle.same(tensors[1].grad, oracle.gradient(sweeps.rules[0], tensors[1]))
-
-
-@DTYPE
-def test_nothing_is_written_next_to_a_row(dtype):
-    """Sentinels on both sides of each row survive gradient, accumulate and prox."""
-    for n in (1, 17, 255, 257, CHUNK + 1):
-        memory = [torch.full((n + 200,), 5.0, dtype=dtype) for _ in range(2)]
-        w, g = (m[101 : 101 + n] for m in memory)
-        sweeps = Sweeps([w], [pyreg.ElasticNet(0.25, 0.25)])
-        sweeps.backend.gradient(sweeps.pack, [w], [g], sweeps.rules, 1.0)
-        sweeps.accumulate([g])
-        sweeps.prox(1.0)
-        for m in memory:
-            assert (m[:101] == 5).all()
-            assert (m[101 + n :] == 5).all()
-        assert (g == 2 * (0.25 + 0.5 * 5)).all()
-        assert (w == (5 - 0.25) / 1.5).all() or dtype != torch.float64
 
 
 @pytest.mark.parametrize("instruction_set", ["x86-64-v4", "x86-64-v3", "baseline"])

@@ -1,4 +1,6 @@
-"""Every sweep under Triton's interpreter against the oracle in float64.
+"""What only the Triton layouts have, under Triton's interpreter.
+
+Their sweeps against the oracle: test_sweeps.py.
 
 The interpreter runs programs one after the other on CPU tensors: this says nothing about races.
 """
@@ -13,6 +15,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 (make test sets it)", allow_module_level=True)
 pytest.importorskip("triton")
 
+from device import launches
 from pyreg.triton_kernels import PENALTIES, Layout, StaleLayout, launch
 from pyreg.triton_kernels import layout as layout_module
 
@@ -34,54 +37,12 @@ def rounded(x, dtype):
     return torch.tensor(x, dtype=torch.float64).to(reference.compute_dtype(dtype)).double().item()
 
 
-def sizes(dtype):
-    chunk, vector = launch.CHUNK // dtype.itemsize, 16 // dtype.itemsize
-    return [
-        0,
-        1,
-        vector - 1,
-        vector,
-        vector + 1,
-        chunk // 2 + 1,
-        chunk - 1,
-        chunk,
-        chunk + 1,
-        3 * chunk + 5,
-    ]
-
-
-def tensors_of(dtype, seed=0):
-    """All sizes, aligned; then a few at storage offset 1."""
-    g = torch.Generator().manual_seed(seed)
-
-    def draw(n):
-        return torch.randn(n, generator=g, dtype=torch.float64).to(dtype)
-
-    chunk = launch.CHUNK // dtype.itemsize
-    return [draw(n) for n in sizes(dtype)] + [draw(n + 1)[1:] for n in (1, 9, chunk, 2 * chunk + 3)]
-
-
 def strengths_of(*names):
     return torch.tensor([STRENGTHS[n] for n in names], dtype=torch.float64)
 
 
 def poison(like):
     return [torch.full_like(t, math.nan) for t in like]
-
-
-def assert_rounded(got, exact, magnitude, operations):
-    """got = exact up to `operations` roundings in the compute dtype and one to got's dtype.
-
-    `magnitude` bounds the absolute value of every intermediate result.
-    """
-    compute = torch.finfo(reference.compute_dtype(got.dtype))
-    final = torch.finfo(got.dtype)
-    within = (
-        operations * compute.eps / 2 * magnitude
-        + final.eps / 2 * exact.abs()
-        + final.smallest_normal * final.eps
-    )
-    assert ((got.double() - exact).abs() <= within * 1.01).all()
 
 
 def l1_l2(w):
@@ -95,11 +56,6 @@ def value_of(name, strengths, w):
     return {"l1": c0 * s1, "l2": c0 * s2, "elastic_net": c0 * s1 + c1 * s2}[name]
 
 
-def bound(dtype):
-    """The relative error of a sum: 16 operations in float32, then float64."""
-    return 16 * 2**-24 if dtype != torch.float64 else 1e-14
-
-
 @pytest.fixture(params=DTYPES, ids=lambda t: str(t).removeprefix("torch."))
 def dtype(request):
     return request.param
@@ -108,21 +64,6 @@ def dtype(request):
 @pytest.fixture(params=sorted(PENALTIES))
 def name(request):
     return request.param
-
-
-def test_value(dtype, name):
-    w = tensors_of(dtype)
-    total, sums = Layout(w, [0] * len(w), [name]).value(w, strengths_of(name))
-    exact = sum(value_of(name, STRENGTHS[name], t) for t in w)
-    assert total.dtype == sums.dtype == torch.float64
-    assert total.shape == ()
-    assert sums.shape == (1, 2)
-    assert abs(total.item() - exact) <= bound(dtype) * exact
-    s1, s2 = map(sum, zip(*(l1_l2(t) for t in w), strict=True))
-    wanted = {"l1": (s1, 0.0), "l2": (s2, 0.0), "elastic_net": (s1, s2)}[name]
-    torch.testing.assert_close(
-        sums[0], torch.tensor(wanted, dtype=torch.float64), rtol=bound(dtype), atol=0
-    )
 
 
 def test_value_of_the_worst_case():
@@ -136,56 +77,6 @@ def test_value_of_the_worst_case():
 def exact_grad(name, w, scale):
     c = [rounded(s, w.dtype) for s in args_of(name, STRENGTHS[name])]
     return rounded(scale, w.dtype) * reference.FORMULAS[name].grad(w.double(), *c)
-
-
-def test_gradient(dtype, name):
-    w = tensors_of(dtype)
-    grads = poison(w)
-    grads[3] = None
-    layout = Layout(w, [0] * len(w), [name])
-    layout.gradient(w, grads, strengths_of(name), 1.7)
-    for t, g in zip(w, grads, strict=True):
-        if g is not None:
-            exact = exact_grad(name, t, 1.7)
-            assert_rounded(g, exact, 1.7 * (0.3 + 0.14 * t.double().abs()), 4)
-
-
-def test_accumulate(dtype, name):
-    w, old = tensors_of(dtype), tensors_of(dtype, seed=1)
-    grads = [g.clone() for g in old]
-    for i in (2, 7, 9):
-        grads[i] = None
-    layout, strengths = Layout(w, [0] * len(w), [name]), strengths_of(name)
-    total = layout.accumulate(w, grads, strengths, torch.tensor(-1.7, dtype=torch.float64))
-    assert total.item() == layout.value(w, strengths)[0].item()
-    for t, g, o in zip(w, grads, old, strict=True):
-        if g is not None:
-            exact = o.double() + exact_grad(name, t, -1.7)
-            assert_rounded(g, exact, o.double().abs() + 1.7 * (0.3 + 0.14 * t.double().abs()), 6)
-
-
-@pytest.mark.parametrize("step", [0.05, 8.0])
-def test_prox(dtype, name, step):
-    w = tensors_of(dtype)
-    before = [t.clone() for t in w]
-    Layout(w, [0] * len(w), [name]).prox(w, strengths_of(name), step)
-    for t, b in zip(w, before, strict=True):
-        c = [rounded(s, b.dtype) for s in args_of(name, STRENGTHS[name])]
-        exact = reference.FORMULAS[name].prox(b.double(), rounded(step, b.dtype), *c)
-        assert_rounded(t, exact, b.double().abs() + step * 0.3, 8)
-
-
-def test_stats(dtype):
-    w = tensors_of(dtype)
-    w[5][::3] = 0
-    w[8][7] = math.inf
-    w[8][-1] = -math.inf
-    w[9][100] = math.nan
-    w[12][0] = math.nan
-    got = Layout(w, [0] * len(w), ["l1"]).stats(w)
-    wanted = torch.stack([reference.stats(t) for t in w])
-    torch.testing.assert_close(got[:, :2], wanted[:, :2], rtol=bound(dtype), atol=0, equal_nan=True)
-    torch.testing.assert_close(got[:, 2:], wanted[:, 2:], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("aligned", [True, False])
@@ -227,19 +118,19 @@ def many(n=300):
     return w, [i % 5 for i in range(n)], ["l1", "elastic_net", "l2", "elastic_net", "l1", "l2"]
 
 
-def test_many_tensors_mixed_in_one_launch(monkeypatch):
+def test_many_tensors_mixed_in_one_launch():
     w, rule_of, penalties = many()
     strengths = torch.tensor([STRENGTHS[p] for p in penalties], dtype=torch.float64)
     strengths *= torch.arange(1, 7, dtype=torch.float64)[:, None]
     layout = Layout(w, rule_of, penalties)
-    launches = []
-    run = launch.sweeps.sweep.run
-    monkeypatch.setattr(
-        launch.sweeps.sweep, "run", lambda *a, **k: launches.append(1) or run(*a, **k)
-    )
     grads = [torch.zeros_like(t) for t in w]
-    total = layout.accumulate(w, grads, strengths, 1.0)
-    assert len(launches) == 1
+    total = torch.zeros(())
+
+    def accumulate():
+        nonlocal total
+        total = layout.accumulate(w, grads, strengths, 1.0)
+
+    assert launches(torch.device("cpu"), accumulate) == ["accumulate"]
     exact = sum(
         value_of(penalties[r], strengths[r].tolist(), t) for t, r in zip(w, rule_of, strict=True)
     )
@@ -253,7 +144,6 @@ def test_many_tensors_mixed_in_one_launch(monkeypatch):
     assert sums[5].tolist() == [0, 0]
     got, wanted = layout.stats(w), torch.stack([reference.stats(t) for t in w])
     torch.testing.assert_close(got, wanted, rtol=16 * 2**-24, atol=0)
-    assert len(launches) == 3
 
 
 @pytest.mark.parametrize("partials", [64, launch.PARTIALS])
@@ -278,7 +168,7 @@ def test_bits_do_not_depend_on_the_grid(monkeypatch, partials):
 def test_strengths_and_scale_are_read_at_every_call():
     w, scale = [torch.tensor([1.0, -2.0])], torch.tensor(1.0, dtype=torch.float64)
     layout, strengths = Layout(w, [0], ["l1"]), strengths_of("l1")
-    assert layout.value(w, strengths)[0].item() == pytest.approx(0.9, rel=1e-15)
+    assert layout.value(w, strengths)[0].item() == pytest.approx(0.9, rel=2**-23)
     strengths[0, 0] = 2.0
     assert layout.value(w, strengths)[0] == 6.0
     grads = poison(w)
@@ -295,7 +185,7 @@ def test_moved_tensors_are_found():
     layout, strengths = Layout(w, [0], ["l1"]), strengths_of("l1")
     layout.value(w, strengths)
     w = [torch.tensor([10.0, -20.0])]
-    assert layout.value(w, strengths)[0].item() == pytest.approx(9.0, rel=1e-15)
+    assert layout.value(w, strengths)[0].item() == pytest.approx(9.0, rel=2**-23)
 
 
 def test_strided_tensors_are_swept_in_storage_order():

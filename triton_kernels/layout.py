@@ -38,9 +38,9 @@ class Layout:
 
     Every sweep is one kernel launch, however many tensors there are, and never waits for the
     device. `strengths` is float64 [rules, 2] on the device, 0 in columns that a penalty has no use
-    for. `scale` and `step` are float64 tensors of one element on the device, or numbers (tensors
-    only while a CUDA graph is captured; a replay reads them anew). Graphs captured from one layout
-    share scratch memory: replay them one after the other.
+    for. `scale` and `step` are float64 tensors of one element on the device, or numbers; of what a
+    CUDA graph captured, a replay reads tensors anew, and numbers are what they were. Graphs
+    captured from one layout share scratch memory: replay them one after the other.
 
     Raises:
         StaleLayout: a call's tensors differ from the layout's in number, dtype, size, strides or
@@ -66,6 +66,7 @@ class Layout:
         self.device = tensors[0].device if tensors else torch.device("cpu")
         self.rules = len(penalties)
         self._dtypes = list(map(_dtype, tensors))
+        self._value_dtype = torch.float64 if torch.float64 in self._dtypes else torch.float32
         self._numels = list(map(Tensor.numel, tensors))
         self._contiguous = list(map(Tensor.is_contiguous, tensors))
         self._shapes = [(t.shape, t.stride()) for t in tensors]
@@ -79,7 +80,7 @@ class Layout:
             )
         self._addresses = Addresses(self.device)
         self._grad_addresses = Addresses(self.device)
-        self._numbers: dict[int, tuple[float, Tensor]] = {}
+        self._numbers: dict[tuple[int, str], tuple[float, Tensor]] = {}
         self._check_devices(tensors)
         if tensors:
             _check_usable(self.device)
@@ -112,7 +113,8 @@ class Layout:
         """sum over the rules of Omega(w; strengths), and each rule's sums. Reads N.
 
         Returns:
-            float64 [], and float64 [rules, 2], 0 in columns that a penalty has no use for.
+            float32 [] (float64 if any tensor is), and float64 [rules, 2], 0 in columns that a
+            penalty has no use for.
         """
         value, sums = self._totals()
         self._sweep(self._by_rule, "value", tensors, None, strengths, strengths, sums, value)
@@ -134,16 +136,20 @@ class Layout:
         grads: Sequence[Tensor | None],
         strengths: Tensor,
         scale: Tensor | float,
+        addresses: list[int] | None = None,
     ) -> Tensor:
         """grads[i] += scale * grad Omega(tensors[i]), and the value. Reads 2 N, writes N.
 
-        A tensor without a gradient adds to the value only.
+        A tensor without a gradient adds to the value only. `addresses` are those of `grads`, 0 for
+        none, where the caller has read them already.
 
         Returns:
-            float64 []: the value, not multiplied by `scale`.
+            float32 [] (float64 if any tensor is): the value, not multiplied by `scale`.
         """
         value, sums = self._totals()
-        self._sweep(self._by_rule, "accumulate", tensors, grads, strengths, scale, sums, value)
+        self._sweep(
+            self._by_rule, "accumulate", tensors, grads, strengths, scale, sums, value, addresses
+        )
         return value
 
     def prox(self, tensors: list[Tensor], strengths: Tensor, step: Tensor | float) -> None:
@@ -161,8 +167,9 @@ class Layout:
         return out
 
     def _totals(self) -> tuple[Tensor, Tensor]:
-        both = torch.empty(1 + 2 * self.rules, dtype=torch.float64, device=self.device)
-        return both[0], both[1:].view(self.rules, 2)
+        """Memory for the value, in the dtype that is asked for in the end, and for the sums."""
+        value = torch.empty((), dtype=self._value_dtype, device=self.device)
+        return value, torch.empty(self.rules, 2, dtype=torch.float64, device=self.device)
 
     def _sweep(
         self,
@@ -174,9 +181,11 @@ class Layout:
         scale: Tensor | float,
         out: Tensor | None = None,
         value: Tensor | None = None,
+        grad_addresses: list[int] | None = None,
     ) -> None:
         addresses = self._check(tensors)
-        grad_addresses = addresses if grads is None else self._check_grads(grads)
+        if grads is not None:
+            grad_addresses = self._check_grads(grads, grad_addresses)
         if sweep != "stats":
             self._check_strengths(strengths)
         if not tensors:
@@ -188,9 +197,10 @@ class Layout:
             queue = current(self.device)
             w = self._addresses.on(queue, addresses)
             g = w if grads is None else self._grad_addresses.on(queue, grad_addresses)
-            plan.launch(queue, sweep, w, g, strengths, self._number(queue, scale), out, value)
+            scale = self._number(queue, sweep, scale)
+            plan.launch(queue, sweep, w, g, strengths, scale, out, value)
 
-    def _number(self, queue: Queue, x: Tensor | float) -> Tensor:
+    def _number(self, queue: Queue, sweep: str, x: Tensor | float) -> Tensor:
         """x in device memory; a number is written there by the stream itself when it changed."""
         if isinstance(x, Tensor):
             if x.dtype != torch.float64 or x.device != self.device:
@@ -199,16 +209,14 @@ class Layout:
                     f"got {x.dtype} on {x.device}"
                 )
             return x
-        if queue.capturing:
-            raise RuntimeError(
-                "a CUDA graph is being captured: pass scale or step as a float64 tensor"
-            )
-        known, tensor = self._numbers.get(queue.key, (None, None))
+        if queue.capturing:  # the graph writes it itself, into memory of its own
+            return torch.full((), x, dtype=torch.float64, device=self.device)
+        known, tensor = self._numbers.get((queue.key, sweep), (None, None))
         if tensor is None:
             tensor = torch.empty((), dtype=torch.float64, device=self.device)
         if known != x:
             tensor.fill_(x)
-            self._numbers[queue.key] = (x, tensor)
+            self._numbers[queue.key, sweep] = (x, tensor)
         return tensor
 
     def _check_strengths(self, strengths: Tensor) -> None:
@@ -244,11 +252,11 @@ class Layout:
             self._check_devices(tensors)
         return addresses
 
-    def _check_grads(self, grads: Sequence[Tensor | None]) -> list[int]:
+    def _check_grads(
+        self, grads: Sequence[Tensor | None], addresses: list[int] | None
+    ) -> list[int]:
         """The gradients' addresses, 0 for none. Looks closer at those that moved only."""
-        try:
-            addresses = list(map(Tensor.data_ptr, grads))
-        except TypeError:
+        if addresses is None:
             addresses = [0 if g is None else g.data_ptr() for g in grads]
         addresses, moved = self._grad_addresses.recognize(addresses)
         if moved:

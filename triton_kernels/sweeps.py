@@ -347,7 +347,7 @@ def sweep(
     strengths,  # float64 [n_groups, 2]
     scale,  # float64: what gradients are multiplied by, or the step of `prox`
     out,  # float64 [n_groups, COLUMNS]
-    value,  # float64
+    value,  # float32 or float64
     partials,  # float64 [slots of groups that have several, COLUMNS]
     counters,  # int32 [n_groups + 1] slots done of each group, groups done; 0 between launches
     slots,

@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 from collections.abc import Sequence
 from functools import cache
+from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import Tensor
 from ..pack import GradientMismatch, Pack, StaleLayout
 from ..penalties import Penalty, stack_strengths
 from .torch import add_gradient
+
+_grad = attrgetter("grad")
 
 
 @cache
@@ -37,8 +40,9 @@ class _State:
 
     def __init__(self, layout: Any) -> None:
         self.layout = layout
-        self.numbers: tuple[float, ...] | None = None
-        self.strengths: Tensor | None = None  # the numbers on the device
+        # By stream, as one does not wait for another: numbers, and they on the device.
+        self.strengths: dict[int, tuple[tuple[float, ...], Tensor]] = {}
+        self.captured: list[Tensor] = []  # those that a CUDA graph goes on reading
         self.grad_pointers: list[int] = []
         self.others: list[int] = []  # rows whose gradient has other strides than the tensor
 
@@ -105,16 +109,19 @@ class TritonBackend:
     ) -> tuple[Tensor, int]:
         state = self._state(pack, tensors)
         strengths = self._strengths(state, pack, rules)
-        grads = [t.grad for t in tensors]
-        pointers = [0 if g is None else g.data_ptr() for g in grads]
+        grads = list(map(_grad, tensors))
+        try:
+            pointers, present = list(map(Tensor.data_ptr, grads)), len(grads)
+        except TypeError:  # some have none
+            pointers = [0 if g is None else g.data_ptr() for g in grads]
+            present = sum(g is not None for g in grads)
         if pointers != state.grad_pointers:
             state.others = _other_strides(tensors, grads)
             state.grad_pointers = pointers
-        present = sum(g is not None for g in grads)
         for i in state.others:
-            grads[i] = None
+            grads[i], pointers = None, None
         scale = _on_device(scale, pack)
-        value = self._sweep(state.layout.accumulate, tensors, grads, strengths, scale)
+        value = self._sweep(state.layout.accumulate, tensors, grads, strengths, scale, pointers)
         for i in state.others:
             add_gradient(rules[pack.rule_of[i]], tensors[i], scale)
         return value, present
@@ -152,15 +159,23 @@ class TritonBackend:
             with torch.no_grad():
                 return stack_strengths(rules, pack.device, width=2)
         numbers = tuple(flat)
-        if numbers != state.numbers:
-            if pack.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if pack.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            known = [s for uploaded, s in state.strengths.values() if uploaded == numbers]
+            if not known:
                 raise RuntimeError(
                     "a strength that is a number cannot change while a CUDA graph is captured: "
-                    "run the sweep once before, or make the strength a 0-dim tensor on the device"
+                    "run this sweep once before, or make the strength a 0-dim tensor on the device"
                 )
-            state.strengths = stack_strengths(rules, pack.device, width=2)
-            state.numbers = numbers
-        return state.strengths
+            state.captured.append(known[0])
+            return known[0]
+        stream = 0
+        if pack.device.type == "cuda":
+            stream = torch.cuda.current_stream(pack.device).cuda_stream
+        uploaded, strengths = state.strengths.get(stream, (None, None))
+        if numbers != uploaded:
+            strengths = stack_strengths(rules, pack.device, width=2)
+            state.strengths[stream] = numbers, strengths
+        return strengths
 
 
 def _on_device(x: float | Tensor, pack: Pack) -> float | Tensor:

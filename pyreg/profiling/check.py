@@ -8,11 +8,13 @@ value      pyreg: 1e-6, its contract. Others add T per-tensor sums one by one in
            dtype: relative error at most (T + 32) u, where 32 covers a blocked sum and strengths.
            torch's norm on the CPU sums in float32 lanes without blocks and loses far more
            (pytorch#169237). Beyond the first bound a peer is timed with a remark, since its
-           gradient is right; beyond WRONG it is not timed.
+           gradient is right; beyond WRONG it is not timed, unless the parameters have 16 bits:
+           there the loop's running sum, which has 16 bits too, comes to a stop.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -22,10 +24,11 @@ from torch import Tensor
 from ..penalties import Penalty
 from ..reference import compute_dtype
 from .ways import PROX_STEP, Run, Way
-from .workloads import Parameters
+from .workloads import Parameters, synchronize
 
 WRONG = 0.1  # of the value: no longer the same quantity
-_CHUNK = 1 << 15  # elements in float64 at a time: stays in the cache
+# Elements in float64 at a time: on the CPU they stay in the cache, a GPU is kept busy by them.
+_CHUNK = {"cpu": 1 << 15, "cuda": 1 << 26}
 
 
 class Disagreement(AssertionError):
@@ -53,13 +56,15 @@ class Expected:
         self._weights = parameters.weights.clone()
         self._elements = torch.empty_like(self._weights)
         self._job = ""
-        self.value = sum(penalty.value(w.double()).item() for w in self._weights.split(_CHUNK))
+        self._chunk = _CHUNK[self._weights.device.type]
+        chunks = self._weights.split(self._chunk)
+        self.value = sum(penalty.value(w.double()).item() for w in chunks)
 
     def elements(self, job: str) -> Tensor:
         """Flat: the gradient, or the prox; kept until the other is asked for."""
         if job != self._job:
-            chunks = zip(self._weights.split(_CHUNK), self._elements.split(_CHUNK), strict=True)
-            for w, out in chunks:
+            flat = (self._weights, self._elements)
+            for w, out in zip(*(t.split(self._chunk) for t in flat), strict=True):
                 if job == "prox":
                     out.copy_(self._penalty.prox(w.double(), PROX_STEP))
                 else:
@@ -71,8 +76,8 @@ class Expected:
         """max |found - expected| / max |expected|, over all elements."""
         expected = self.elements(job)
         dtype = compute_dtype(expected.dtype)
-        error = torch.zeros((), dtype=dtype)
-        for got, e in zip(found.split(_CHUNK), expected.split(_CHUNK), strict=True):
+        error = torch.zeros((), dtype=dtype, device=expected.device)
+        for got, e in zip(*(t.split(self._chunk) for t in (found, expected)), strict=True):
             error = torch.maximum(error, (got.to(dtype) - e.to(dtype)).abs_().max())  # NaN stays
         low, high = expected.aminmax()
         return error.item() / max(high.item(), -low.item())
@@ -91,8 +96,10 @@ def check(way: Way, run: Run, parameters: Parameters, expected: Expected) -> Err
     if way.job == "limit":
         return Errors()
     expected.restore(parameters)
+    synchronize(parameters.device)
     start = time.perf_counter()
     value = run()
+    synchronize(parameters.device)
     seconds = time.perf_counter() - start
     u = torch.finfo(parameters.workload.dtype).eps / 2
     value_error, element_error, remark = None, None, ""
@@ -100,7 +107,8 @@ def check(way: Way, run: Run, parameters: Parameters, expected: Expected) -> Err
         value_error = abs(value.detach().double().item() - expected.value) / abs(expected.value)
         ours = way.name.startswith("pyreg")
         bound = 1e-6 if ours else (len(parameters.tensors) + 32) * u
-        if not value_error <= (bound if ours else WRONG):
+        wrong = WRONG if parameters.workload.dtype.itemsize > 2 else math.inf
+        if not value_error <= (bound if ours else wrong):
             raise Disagreement(f"its value is off by {value_error:.1e}, more than {bound:.0e}")
         if value_error > bound:
             remark = f"its value is off by {value_error:.1e}; a blocked sum stays below {bound:.0e}"

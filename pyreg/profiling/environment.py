@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 import platform
 import subprocess
@@ -23,6 +25,7 @@ class Environment:
     cores: int  # that this process may use
     threads: int  # that torch, and so pyreg, uses
     memory_bytes: int | None
+    gpu: str  # with the versions that matter to it; empty without one
     os: str
     python: str
     torch: str
@@ -33,13 +36,14 @@ class Environment:
     def __str__(self) -> str:
         return (
             f"{self.cpu}, {self.threads} threads on {self.cores} cores, {self.os}\n"
-            f"Python {self.python}, torch {self.torch}, pyreg {self.pyreg} "
+            + (f"{self.gpu}\n" if self.gpu else "")
+            + f"Python {self.python}, torch {self.torch}, pyreg {self.pyreg} "
             f"({self.commit or 'no checkout'}), backend {self.backend}"
         )
 
 
-def environment() -> Environment:
-    """The environment now."""
+def environment(checkout: Path | None = None) -> Environment:
+    """The environment now, with the commit of this checkout (by default the one it is run from)."""
     from .. import __version__  # defined once the package is fully imported
 
     name = requested()
@@ -50,12 +54,13 @@ def environment() -> Environment:
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         threads=torch.get_num_threads(),
         memory_bytes=_memory(),
+        gpu=_gpu(),
         os=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
         torch=torch.__version__,
         pyreg=__version__,
         backend=f"{status.name} ({status.detail})",
-        commit=_commit(Path(__file__).resolve().parents[2]),
+        commit=_commit(checkout or Path(__file__).resolve().parents[2]),
     )
 
 
@@ -73,6 +78,17 @@ def _memory() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
         return None
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return ""
+    about = torch.cuda.get_device_properties(torch.cuda.current_device())
+    parts = [about.name, f"{about.multi_processor_count} multiprocessors"]
+    parts.append(f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}")
+    if importlib.util.find_spec("triton") is not None:
+        parts.append(f"Triton {importlib.metadata.version('triton')}")
+    return ", ".join(parts)
 
 
 def _commit(root: Path) -> str:

@@ -7,12 +7,14 @@ from dataclasses import replace
 
 from ..penalties import Penalty
 from .check import Disagreement, Errors, Expected, check
+from .kernels import kernels
 from .memory import peak_extra_bytes
 from .record import Row
-from .timing import Timing, by_turns
-from .ways import LIMITS, WAYS, Run, Way
+from .timing import Timing, by_turns, host_seconds
+from .ways import LIMITS, WAYS, Run, Way, on_backend
 from .workloads import Parameters
 
+MOST_PROFILED = 1000  # tensors: the loop's launches are many times as many, and slow to read out
 _LONG = 0.2  # seconds: a run that takes longer is repeated less often
 Tell = Callable[[str, float], None]  # what is going on, share done
 
@@ -26,6 +28,7 @@ def measure(
     seconds: float = 10.0,
     fewest: int = 5,
     tell: Tell = lambda what, share: None,
+    backends: Sequence[str] = (),
 ) -> list[Row]:
     """A row per way, and one per limit of the machine on the same memory.
 
@@ -36,10 +39,21 @@ def measure(
         ways: names in WAYS; the limits are always measured.
         rounds, seconds, fewest: see `by_turns`.
         tell: is told what is going on and the share done.
+        backends: measure pyreg's ways on each of these; by default on the one that serves.
     """
+    device = parameters.device
     chosen = [WAYS[name] for name in WAYS if name in ways and name not in LIMITS]
+    if backends:
+        chosen = [
+            each
+            for way in chosen
+            for each in (
+                [on_backend(way, b) for b in backends] if way.name.startswith("pyreg") else [way]
+            )
+        ]
     chosen += [WAYS[name] for name in LIMITS if WAYS[name].refuses(parameters) is None]
     rows = {way.name: _row(way, parameters, penalty) for way in chosen}
+    of_name = {way.name: way for way in chosen}
     runs: dict[str, Run] = {}
     expected = Expected(parameters, penalty)
     for i, way in enumerate(chosen):
@@ -58,14 +72,22 @@ def measure(
         seconds,
         fewest,
         lambda name, share: tell(f"timing {name}", 0.5 + 0.4 * share),
+        device,
     )
     fastest = _fastest_limits(timings)
     for i, (name, run) in enumerate(runs.items()):
         tell(f"memory of {name}", 0.9 + 0.1 * i / len(runs))
         rows[name] = replace(
-            _timed(rows[name], timings[name], parameters, fastest),
-            extra_bytes=peak_extra_bytes(run, tries=1 if timings[name].median > _LONG else 3),
+            _timed(rows[name], of_name[name], timings[name], parameters, fastest),
+            extra_bytes=peak_extra_bytes(
+                run, tries=1 if timings[name].median > _LONG else 3, device=device
+            ),
         )
+        if device.type == "cuda":
+            samples = 3 if timings[name].median > _LONG else 31
+            rows[name] = replace(rows[name], host_seconds=host_seconds(run, samples))
+            if of_name[name].name.startswith("pyreg") or len(parameters.tensors) <= MOST_PROFILED:
+                rows[name] = replace(rows[name], kernels=len(kernels(run)))
     expected.restore(parameters)
     tell("done", 1.0)
     return list(rows.values())
@@ -120,8 +142,10 @@ def _fastest_limits(timings: dict[str, Timing]) -> dict[str, float]:
     return fastest
 
 
-def _timed(row: Row, timing: Timing, parameters: Parameters, fastest: dict[str, float]) -> Row:
-    job = WAYS[row.way].limit_of or row.job
+def _timed(
+    row: Row, way: Way, timing: Timing, parameters: Parameters, fastest: dict[str, float]
+) -> Row:
+    job = way.limit_of or row.job
     # A limit moves the padding between tensors too, if there is any.
     size = parameters.weights if row.job == "limit" else None
     moved = parameters.workload.bytes if size is None else size.nbytes

@@ -6,17 +6,24 @@ import ctypes
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 _REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 
 
-def peak_extra_bytes(run: Callable[[], object], tries: int) -> int | None:
-    """Peak resident memory during a run minus that before it; the least of some tries.
+def peak_extra_bytes(
+    run: Callable[[], object], tries: int, device: torch.device | str = "cpu"
+) -> int | None:
+    """Peak memory during a run minus that before it; the least of some tries.
 
-    Linux only (VmHWM, reset through clear_refs); None elsewhere. Resident memory counts pages that
-    were touched, so what a way keeps from an earlier run is not counted: run it once before. The
-    kernel keeps the count per core, exact to a few hundred kB.
+    What a way keeps from an earlier run is not counted: run it once before. On a GPU, the bytes of
+    tensors by torch's allocator. On the CPU resident memory, which counts pages that were touched;
+    Linux only (VmHWM, reset through clear_refs), None elsewhere. The kernel keeps that count per
+    core, exact to a few hundred kB.
     """
+    if torch.device(device).type == "cuda":
+        return min(_one_on_gpu(run) for _ in range(tries))
     try:
         return min(_one(run) for _ in range(tries))
     except (OSError, KeyError):
@@ -29,6 +36,14 @@ def _one(run: Callable[[], object]) -> int:
     _REFS.write_text("5")  # the peak starts at what is resident now
     run()
     return max(0, _status()["VmHWM"] - before)
+
+
+def _one_on_gpu(run: Callable[[], object]) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _status() -> dict[str, int]:

@@ -106,7 +106,7 @@ def _norms(params: Sequence[Tensor], l1: float, l2: float) -> Tensor:
 
 def compiled(parameters: Parameters, penalty: Penalty) -> Callable[[], Tensor]:
     """torch.compile of the loop: forward 1, backward 2, into .grad 3: 6 N."""
-    l1, l2 = map(torch.tensor, strengths_of(penalty))
+    l1, l2 = torch.tensor(strengths_of(penalty), device=parameters.device)
 
     def run() -> Tensor:
         value = _compile(_both)(parameters.tensors, l1, l2)
@@ -118,7 +118,7 @@ def compiled(parameters: Parameters, penalty: Penalty) -> Callable[[], Tensor]:
 
 def compiled_into_grad(parameters: Parameters, penalty: Penalty) -> Callable[[], Tensor]:
     """torch.compile of value and gradient formula, added to .grad with no graph: 3 N if fused."""
-    l1, l2 = map(torch.tensor, strengths_of(penalty))
+    l1, l2 = torch.tensor(strengths_of(penalty), device=parameters.device)
 
     @torch.no_grad()
     def run() -> Tensor:

@@ -33,6 +33,8 @@ class Row:
     extra_bytes: int | None = None  # peak, beyond parameters and gradients
     value_error: float | None = None  # relative to float64
     element_error: float | None = None  # of gradient or prox, relative to its largest element
+    host_seconds: float | None = None  # on a GPU: until the call returns, the device being idle
+    kernels: int | None = None  # on a GPU: launched by one run, copies and fills among them
     first_seconds: float | None = None  # the first run, with whatever it builds or compiles
     note: str = ""  # why it was not measured, or what is wrong with its value
 
@@ -53,6 +55,18 @@ def cells(row: Row) -> list[str]:
         "" if row.of_limit is None else f"{100 * row.of_limit:.0f} %",
         "-" if row.extra_bytes is None else megabytes(row.extra_bytes),
         "" if row.value_error is None else f"{row.value_error:.0e}",
+    ]
+
+
+HEAD_ON_GPU = (*HEAD, "host us", "launches")
+
+
+def cells_on_gpu(row: Row) -> list[str]:
+    """A row as text, under HEAD_ON_GPU."""
+    return [
+        *cells(row),
+        "" if row.host_seconds is None else f"{1e6 * row.host_seconds:.0f}",
+        "" if row.kernels is None else f"{row.kernels}",
     ]
 
 
@@ -85,7 +99,10 @@ class Record:
         parts = [str(self.environment)]
         for (workload, penalty), rows in self.groups().items():
             lines = [f"{workload}, {penalty}"]
-            lines.append(table(HEAD, [cells(row) for row in rows], right=range(1, 8)))
+            cell, head = cells, HEAD
+            if any(row.host_seconds is not None for row in rows):
+                cell, head = cells_on_gpu, HEAD_ON_GPU
+            lines.append(table(head, [cell(row) for row in rows], right=range(1, len(head))))
             lines += [f"{row.way}: {row.note}" for row in rows if row.note]
             parts.append("\n".join(lines))
         return "\n\n".join(parts)
@@ -106,7 +123,7 @@ class Record:
     def to_csv(self, path: Path) -> None:
         """One line per row, each with the hardware and the commit."""
         environment = self.environment
-        common = {"cpu": environment.cpu, "threads": environment.threads}
+        common = {"cpu": environment.cpu, "threads": environment.threads, "gpu": environment.gpu}
         common |= {"torch": environment.torch, "commit": environment.commit}
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, [*(f.name for f in fields(Row)), *common])

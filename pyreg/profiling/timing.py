@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
+import torch
+
 _BLOCK = 2e-3  # seconds: shorter runs are timed several at a time, far above the clock's grain
 _LONG = 0.2  # seconds: longer runs are not warmed up before each sample
 
@@ -36,8 +38,9 @@ def by_turns(
     seconds: float,
     fewest: int = 5,
     tell: Callable[[str, float], None] = lambda name, share: None,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Timing]:
-    """Time all runs alternately.
+    """Time all runs alternately: by the wall clock, on a GPU by events on its stream.
 
     A sample is one untimed run, which brings caches and allocator to the state that this way leaves
     behind, then a block of timed ones. (torch.utils.benchmark.Timer warms up twice before every
@@ -49,8 +52,10 @@ def by_turns(
         seconds: bounds the time spent on one run, as far as
         fewest: samples allow; these are then spread evenly over the rounds.
         tell: is told the name of what runs and the share done.
+        device: where the runs' tensors are.
     """
-    estimates = {name: _seconds(run, 1) for name, run in runs.items()}
+    measure = _seconds if torch.device(device).type == "cpu" else _device_seconds
+    estimates = {name: measure(run, 1) for name, run in runs.items()}
     blocks = {name: max(1, round(_BLOCK / t)) for name, t in estimates.items()}
     wanted = {
         name: min(rounds, max(fewest, int(seconds / (t * (blocks[name] + (t < _LONG))))))
@@ -66,7 +71,7 @@ def by_turns(
             tell(name, r / rounds)
             if estimates[name] < _LONG:
                 run()
-            samples[name].append(_seconds(run, blocks[name]))
+            samples[name].append(measure(run, blocks[name]))
     return {name: summarize(s) for name, s in samples.items()}
 
 
@@ -75,3 +80,23 @@ def _seconds(run: Callable[[], object], times: int) -> float:
     for _ in range(times):
         run()
     return (time.perf_counter() - start) / times
+
+
+def _device_seconds(run: Callable[[], object], times: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(times):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / times
+
+
+def host_seconds(run: Callable[[], object], samples: int) -> float:
+    """Median time until a run returns to the host, whose GPU has nothing else to do."""
+    seconds = []
+    for _ in range(samples):
+        torch.cuda.synchronize()
+        seconds.append(_seconds(run, 1))
+    torch.cuda.synchronize()
+    return median(seconds)

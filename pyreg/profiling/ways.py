@@ -11,11 +11,13 @@ limit      one torch operation on the same memory that does no more than move it
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from contextvars import copy_context
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from .. import dispatch, pack
 from ..functional import penalty as penalty_of
 from ..penalties import Penalty
 from ..regularizer import Regularizer
@@ -125,6 +127,7 @@ def _limits(kind: str, as_float32: bool) -> Callable[[Parameters, Penalty], Run]
             "read": lambda: discard(w.sum()),
             "update": lambda: discard(g.add_(w, alpha=alpha)),
             "rewrite": lambda: discard(w.mul_(1.0)),
+            "copy": lambda: discard(g.copy_(w)),
         }[kind]
 
     return prepare
@@ -150,7 +153,26 @@ def _make_limits() -> list[Way]:
             Way(text, "limit", _limits(kind, False), traffic, limit_of=job),
             Way(f"{text} as float32", "limit", _limits(kind, True), traffic, _not_16_bit, job),
         ]
-    return limits
+    return [*limits, Way("dst.copy_(src)", "limit", _limits("copy", False), 2, limit_of="prox")]
+
+
+def serving(device: torch.device | str) -> list[str]:
+    """The backends that sweep tensors of this device, asked for by name; torch's is not counted."""
+    (sample,) = pack.build([torch.ones(1, device=device)], pack.label, [0], ("l1",))
+    chosen = (dispatch.backend(status.name) for status in dispatch.backends() if status.available)
+    return [b.name for b in chosen if b.name != "torch" and not b.refuses(sample, by_name=True)]
+
+
+def on_backend(way: Way, name: str) -> Way:
+    """The same way on one of pyreg's backends, whichever else there are."""
+
+    def prepare(parameters: Parameters, penalty: Penalty) -> Run:
+        context = copy_context()  # entering use_backend at each run would be timed
+        context.run(dispatch.requested_backend.set, name)
+        run = context.run(way.prepare, parameters, penalty)
+        return lambda: context.run(run)
+
+    return replace(way, name=f"{way.name}, {name}", prepare=prepare)
 
 
 WAYS = {

@@ -57,6 +57,96 @@ def gpt2(
     yield "ln_f.bias", (width,)
 
 
+def llama(
+    layers: int = 32,
+    width: int = 4096,
+    inner: int = 14336,
+    keys: int = 1024,
+    vocabulary: int = 128256,
+) -> Shapes:
+    """Llama 3: grouped queries (`keys` = heads of keys x head width), input and output untied."""
+    yield "model.embed_tokens.weight", (vocabulary, width)
+    for i in range(layers):
+        layer = f"model.layers.{i}"
+        yield from _attention(layer, width, width, keys)
+        for name, shape in _gated(width, inner):
+            yield f"{layer}.mlp.{name}", shape
+    yield "model.norm.weight", (width,)
+    yield "lm_head.weight", (vocabulary, width)
+
+
+def _attention(layer: str, width: int, queries: int, keys: int) -> Shapes:
+    yield f"{layer}.self_attn.q_proj.weight", (queries, width)
+    yield f"{layer}.self_attn.k_proj.weight", (keys, width)
+    yield f"{layer}.self_attn.v_proj.weight", (keys, width)
+    yield f"{layer}.self_attn.o_proj.weight", (width, queries)
+    yield f"{layer}.input_layernorm.weight", (width,)
+    yield f"{layer}.post_attention_layernorm.weight", (width,)
+
+
+def _gated(width: int, inner: int) -> Shapes:
+    yield "gate_proj.weight", (inner, width)
+    yield "up_proj.weight", (inner, width)
+    yield "down_proj.weight", (width, inner)
+
+
+def experts(
+    layers: int = 48,
+    width: int = 2048,
+    inner: int = 768,
+    experts: int = 128,
+    queries: int = 4096,
+    keys: int = 512,
+    head: int = 128,
+    vocabulary: int = 151936,
+) -> Shapes:
+    """Qwen3-MoE: `experts` gated blocks of `inner` in every layer, a router, norms of q and k."""
+    yield "model.embed_tokens.weight", (vocabulary, width)
+    for i in range(layers):
+        layer = f"model.layers.{i}"
+        yield from _attention(layer, width, queries, keys)
+        yield f"{layer}.self_attn.q_norm.weight", (head,)
+        yield f"{layer}.self_attn.k_norm.weight", (head,)
+        yield f"{layer}.mlp.gate.weight", (experts, width)
+        for e in range(experts):
+            for name, shape in _gated(width, inner):
+                yield f"{layer}.mlp.experts.{e}.{name}", shape
+    yield "model.norm.weight", (width,)
+    yield "lm_head.weight", (vocabulary, width)
+
+
+def resnet(blocks: tuple[int, ...] = (3, 4, 6, 3), classes: int = 1000) -> Shapes:
+    """ResNet with bottlenecks of 64, 128, ... channels that widen by 4; by default ResNet-50."""
+    yield "conv1.weight", (64, 3, 7, 7)
+    yield from _norm("bn1", 64)
+    before = 64
+    for stage, count in enumerate(blocks):
+        inner = 64 << stage
+        for b in range(count):
+            block = f"layer{stage + 1}.{b}"
+            for k, (name, shape) in enumerate(
+                (
+                    ("conv1", (inner, before, 1, 1)),
+                    ("conv2", (inner, inner, 3, 3)),
+                    ("conv3", (4 * inner, inner, 1, 1)),
+                ),
+                start=1,
+            ):
+                yield f"{block}.{name}.weight", shape
+                yield from _norm(f"{block}.bn{k}", shape[0])
+            if b == 0:
+                yield f"{block}.downsample.0.weight", (4 * inner, before, 1, 1)
+                yield from _norm(f"{block}.downsample.1", 4 * inner)
+            before = 4 * inner
+    yield "fc.weight", (classes, before)
+    yield "fc.bias", (classes,)
+
+
+def _norm(name: str, width: int) -> Shapes:
+    yield f"{name}.weight", (width,)
+    yield f"{name}.bias", (width,)
+
+
 def many(tensors: int = 2000, elements: int = 1000) -> Shapes:
     """Many small vectors: what is left is the cost per tensor."""
     for i in range(tensors):
@@ -68,7 +158,19 @@ WORKLOADS = {
     for w in (
         Workload("gpt2", "GPT-2 small, float32", tuple(gpt2())),
         Workload("gpt2-bf16", "GPT-2 small, bfloat16", tuple(gpt2()), torch.bfloat16),
+        Workload("gpt2-xl", "GPT-2 XL, float32", tuple(gpt2(48, 1600))),
+        Workload("llama", "Llama-3-8B, bfloat16", tuple(llama()), torch.bfloat16),
+        # Whole, it would fill a GPU of 140 GB with weights and gradients alone.
+        Workload(
+            "experts",
+            "Qwen3-30B-A3B at half of its widths, bfloat16",
+            tuple(experts(width=1024, inner=384, queries=2048, keys=256, head=64)),
+            torch.bfloat16,
+        ),
+        Workload("resnet", "ResNet-50, float32", tuple(resnet())),
         Workload("many", "2,000 tensors of 1,000, float32", tuple(many())),
+        Workload("many-tiny", "10,000 tensors of 64, float32", tuple(many(10_000, 64))),
+        Workload("tiny", "6 tensors of 700, float32: to try a way", tuple(many(6, 700))),
     )
 }
 
@@ -87,12 +189,24 @@ class Parameters:
     tensors: list[nn.Parameter]  # views of weights; each .grad is the same view of gradients
 
     @property
+    def device(self) -> torch.device:
+        return self.weights.device
+
+    @property
     def named(self) -> list[tuple[str, Tensor]]:
         names = (name for name, _ in self.workload.shapes)
         return list(zip(names, self.tensors, strict=True))
 
 
-def allocate(workload: Workload, seed: int = 0, std: float = 0.02) -> Parameters:
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def allocate(
+    workload: Workload, seed: int = 0, std: float = 0.02, device: torch.device | str = "cpu"
+) -> Parameters:
     """Weights ~ Normal(0, std), from the seed, and gradients of zeros; they exist from the start.
 
     Each tensor begins at a multiple of 64 bytes, as torch's own do.
@@ -102,9 +216,9 @@ def allocate(workload: Workload, seed: int = 0, std: float = 0.02) -> Parameters
     for _, shape in workload.shapes:
         places.append(size)
         size += -(-math.prod(shape) // step) * step
-    generator = torch.Generator().manual_seed(seed)
-    weights = torch.zeros(size, dtype=workload.dtype)
-    gradients = torch.zeros(size, dtype=workload.dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    weights = torch.zeros(size, dtype=workload.dtype, device=device)
+    gradients = torch.zeros(size, dtype=workload.dtype, device=device)
     gradients.fill_(0)  # zeros() may share one page of zeros until it is written
     tensors = []
     for at, (_, shape) in zip(places, workload.shapes, strict=True):

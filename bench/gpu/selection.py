@@ -1,0 +1,72 @@
+"""Every sweep over a few odd tensors, on each backend of the device: for a memory checker.
+
+    python -m bench.gpu.selection               # all dtypes and penalties in one pack
+    python -m bench.gpu.selection --share 2 16  # part 2 of 16 of all kinds: compiles their kernels
+
+The results are looked at only for being finite: whether they are right, the tests say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+
+import torch
+from torch import Tensor, nn
+
+import pyreg
+from pyreg.profiling.ways import serving
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PENALTIES = (pyreg.L1(0.3), pyreg.L2(0.07), pyreg.ElasticNet(0.3, 0.07))
+SIZES = (0, 1, 1025, 5000)
+
+
+def odd(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Aligned and unaligned tensors, each in memory of its own or right behind an element."""
+    aligned = [torch.randn(n, device=device).to(dtype) for n in SIZES]
+    return [*aligned, *(torch.randn(n + 1, device=device).to(dtype)[1:] for n in SIZES[1::2])]
+
+
+def sweep(named: list[tuple[str, nn.Parameter]], rules: dict[str, pyreg.penalties.Penalty]) -> None:
+    """All five sweeps."""
+    reg = pyreg.Regularizer(named, rules)
+    reg().backward()
+    values = [reg.accumulate_(0.5), reg.stats().l1.sum()]
+    reg.prox_(0.1)
+    assert all(value.isfinite() for value in values)
+    assert all(t.isfinite().all() for _, p in named for t in (p, p.grad))
+
+
+def kinds(device: torch.device) -> list[tuple[list, dict]]:
+    """(parameters, rules): every dtype with every penalty, alone; then all of them together."""
+    pairs = list(itertools.product(enumerate(PENALTIES), DTYPES))
+    single = [
+        ([(f"{r}.{i}", nn.Parameter(t)) for i, t in enumerate(odd(dtype, device))], {"*": penalty})
+        for (r, penalty), dtype in pairs
+    ]
+    rules = {f"{r}.*": penalty for r, penalty in enumerate(PENALTIES)}
+    together = [
+        (f"{r}.{k}.{i}", nn.Parameter(t))
+        for k, ((r, _), dtype) in enumerate(pairs)
+        for i, t in enumerate(odd(dtype, device))
+    ]
+    return [*single, (together, rules)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--share", type=int, nargs=2, metavar=("PART", "OF"))
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = kinds(device)
+    chosen = found[-1:] if options.share is None else found[options.share[0] :: options.share[1]]
+    for backend in serving(device):
+        with pyreg.use_backend(backend):
+            for named, rules in chosen:
+                sweep(named, rules)
+        print(f"{backend} on {device}: {len(chosen)} packs swept")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""What the GPU tests do to a device, with the nearest thing to it on the CPU.
+
+There the same test bodies run under Triton's interpreter, so that they are tried before a GPU is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+
+from pyreg.profiling.kernels import kernels
+from pyreg.profiling.memory import peak_extra_bytes
+
+
+def capture(device: torch.device, run: Callable[[], object]) -> Callable[[], object]:
+    """The replay of a CUDA graph of `run`; on the CPU, run itself."""
+    if device.type == "cpu":
+        return run
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def launches(device: torch.device, run: Callable[[], object]) -> list[str]:
+    """The kernels, copies and fills of one run; on the CPU, the sweeps that Triton is asked for."""
+    if device.type == "cuda":
+        return kernels(run)
+    from pyreg.triton_kernels import sweeps
+
+    names: list[str] = []
+    kernel = sweeps.sweep
+
+    class Counted:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable:
+            def launch(*operands: object, **constants: object) -> None:
+                names.append(constants["SWEEP"])
+                kernel[grid](*operands, **constants)
+
+            return launch
+
+    sweeps.sweep = Counted()
+    try:
+        run()
+    finally:
+        sweeps.sweep = kernel
+    return names
+
+
+@contextmanager
+def no_waiting(device: torch.device) -> Iterator[None]:
+    """Within the block, whatever makes the host wait for the GPU raises."""
+    if device.type == "cpu":
+        yield
+        return
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def stream(device: torch.device):
+    """A block whose work goes to a stream of its own, after what was asked for before it."""
+    if device.type == "cpu":
+        return nullcontext()
+    new = torch.cuda.Stream(device)
+    new.wait_stream(torch.cuda.current_stream(device))
+    return torch.cuda.stream(new)
+
+
+def peak(device: torch.device, run: Callable[[], object]) -> int:
+    """Bytes that one run needs at its peak; on the CPU, where many others are counted, 0."""
+    run()
+    return peak_extra_bytes(run, 1, device) if device.type == "cuda" else 0

@@ -1,0 +1,63 @@
+"""A launch as Triton makes it, up to the launch: operands bound, specialized, compiled for sm_90.
+
+The driver is a stand-in that knows a device and a stream. test_triton_machine_code.py compiles the
+same kernels by another entrance, which binds nothing.
+"""
+
+import importlib.util
+
+import pytest
+
+CHILD = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class Driver:
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+driver.set_active(Driver())
+from pyreg.triton_kernels import Layout, launch, layout, sweeps
+
+kernel = sweeps.sweep
+kept = []
+
+class Compiled:
+    def __getitem__(self, grid):
+        return lambda *a, **k: kept.append(kernel.run(*a, grid=grid, warmup=True, **k))
+
+sweeps.sweep = Compiled()
+layout._check_usable = lambda device: None
+launch.options = lambda device, sweep: {"num_warps": 4, "maxnreg": launch.REGISTERS[sweep]}
+strengths = torch.zeros(2, 2, dtype=torch.float64)
+
+def sweep_all(sizes, offset):
+    w = [torch.ones(n + offset)[offset:] for n in sizes]
+    w[1] = w[1].bfloat16()
+    g = [torch.zeros_like(t) for t in w]
+    made = Layout(w, [0, 1], ["l1", "elastic_net"])
+    made.value(w, strengths)
+    made.gradient(w, g, strengths, 1.0)
+    made.accumulate(w, g, strengths, 1.0)
+    made.prox(w, strengths, 0.1)
+    made.stats(w)
+
+sweep_all((5000, 4096), 0)
+first = list(kept)
+sweep_all((16, 1), 1)
+print(len(first), len(kept), len(set(map(id, kept))), type(kept[0]).__name__)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton here")
+def test_operands_bind_and_sizes_compile_nothing_anew(run_python, tmp_path, monkeypatch):
+    """Five sweeps, five kernels: other sizes, grids and alignments find the same ones."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assert run_python(CHILD).split() == ["5", "10", "5", "CompiledKernel"]
