@@ -159,7 +159,7 @@ class TritonBackend:
             with torch.no_grad():
                 return stack_strengths(rules, pack.device, width=2)
         numbers = tuple(flat)
-        if pack.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if pack.device.type == "cuda" and _capturing(pack.device):
             known = [s for uploaded, s in state.strengths.values() if uploaded == numbers]
             if not known:
                 raise RuntimeError(
@@ -173,9 +173,22 @@ class TritonBackend:
             stream = torch.cuda.current_stream(pack.device).cuda_stream
         uploaded, strengths = state.strengths.get(stream, (None, None))
         if numbers != uploaded:
-            strengths = stack_strengths(rules, pack.device, width=2)
+            strengths = _uploaded(rules, pack.device)
             state.strengths[stream] = numbers, strengths
         return strengths
+
+
+def _capturing(device: torch.device) -> bool:
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def _uploaded(rules: Sequence[Penalty], device: torch.device) -> Tensor:
+    """Strengths that are numbers, in one copy that waits for nothing."""
+    strengths = stack_strengths(rules, "cpu", width=2)
+    if device.type == "cuda":
+        strengths = strengths.pin_memory()
+    return strengths.to(device, non_blocking=True)
 
 
 def _on_device(x: float | Tensor, pack: Pack) -> float | Tensor:
