@@ -267,7 +267,7 @@ PYREG_DEVICE void add_partials(Executor& run, const double* partials, uint32_t n
                                double* stripes, double* total) {
   run.each_lane([&](int lane) {
     double sum[kStripes / kWarp] = {};
-#pragma unroll 4
+#pragma unroll 2
     for (uint32_t begin = 0; begin < n; begin += kStripes)
 #pragma unroll
       for (int m = 0; m < kStripes / kWarp; ++m) {

@@ -38,15 +38,23 @@ PYREG_DEVICE T* in_device_memory(void* p) {
   return static_cast<T*>(p);
 }
 
+template <class T>
+PYREG_DEVICE T load(const T* p) {
+#if defined(__CUDA_ARCH__)
+  return __ldca(p);
+#else
+  return *p;
+#endif
+}
+
 // A number, or the address of one in device memory: so a graph's replay reads it anew.
 enum class ScalarKind : uint8_t { kNumber, kFloat32, kFloat64 };
 struct Scalar {
   uint64_t bits;
 };
 PYREG_DEVICE double read(Scalar s, ScalarKind kind) {
-  void* address = reinterpret_cast<void*>(s.bits);
-  if (kind == ScalarKind::kFloat64) return *in_device_memory<double>(address);
-  if (kind == ScalarKind::kFloat32) return *in_device_memory<float>(address);
+  if (kind == ScalarKind::kFloat64) return load(reinterpret_cast<const double*>(s.bits));
+  if (kind == ScalarKind::kFloat32) return load(reinterpret_cast<const float*>(s.bits));
   double number;
   __builtin_memcpy(&number, &s.bits, sizeof number);
   return number;
