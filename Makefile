@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 # (Triton's kernels run on CPU tensors, in an interpreter that must be asked for before the import.)
-NATIVE_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name 'CMakeLists.txt')
+NATIVE_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name 'CMakeLists.txt')
 CXX_FOUND := $(shell command -v $${CXX:-c++} || command -v g++ || command -v clang++)
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
@@ -38,12 +38,12 @@ wheel-test: $(VENV)/built
 lint: $(VENV)/installed
 	ruff check .
 	ruff format --check .
-	clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+	clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
 format: $(VENV)/installed
 	ruff check --fix .
 	ruff format .
-	clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+	clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
 # Every figure in the README, on this machine; takes some minutes.
 bench: $(VENV)/built
@@ -53,7 +53,7 @@ doctor: $(VENV)/built
 	$(PY) -P -m pyreg doctor
 
 clean:
-	rm -rf $(VENV) build pyreg/_native*.so *.egg-info
+	rm -rf $(VENV) build pyreg/_native*.so pyreg/_cuda*.so *.egg-info
 
 $(VENV)/installed: requirements-dev.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)

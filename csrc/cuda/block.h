@@ -215,8 +215,6 @@ PYREG_DEVICE double join(int column, double a, double b) {
   return column == 2 ? (b > a ? b : a) : a + b;
 }
 
-constexpr uint32_t kNone = ~0u;
-
 // The sums of n chunks, in order, into the partials of the segments that end; the last one is
 // carried on.
 template <Sweep S>

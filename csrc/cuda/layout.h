@@ -3,8 +3,7 @@
 
 #include <cstring>
 
-#include "../table.h"
-#include "block.h"
+#include "parameter.h"
 
 namespace pyreg::cuda {
 

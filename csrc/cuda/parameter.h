@@ -60,6 +60,8 @@ PYREG_DEVICE double read(Scalar s, ScalarKind kind) {
   return number;
 }
 
+constexpr uint32_t kNone = ~0u;  // no chunk, no segment
+
 // A rule's segments are [first_segment, the next rule's first_segment).
 struct Rule {
   Scalar strengths[kMaxStrengths];

@@ -7,6 +7,7 @@
 #include <numeric>
 #include <random>
 
+#include "cuda/block.h"
 #include "cuda/layout.h"
 
 inline int failures = 0;
