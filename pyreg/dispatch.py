@@ -18,7 +18,7 @@ from .pack import Pack
 
 # Fastest first.
 _CLASSES = {"native": "NativeBackend", "triton": "TritonBackend", "torch": "TorchBackend"}
-_NATIVE_ON = {"cuda": "CudaBackend"}  # devices for which native is another module
+_NATIVE_ON = {"cuda": ("cuda", "CudaBackend")}  # devices for which native is another module
 _requested: ContextVar[str | None] = ContextVar("pyreg_backend", default=None)
 
 
@@ -38,8 +38,8 @@ class BackendStatus(NamedTuple):
 def backend(name: str, device_type: str = "cpu") -> Any:
     """The backend of that name for such a device (its module is imported now)."""
     module, cls = name, _CLASSES[name]
-    if name == "native" and device_type in _NATIVE_ON:
-        module, cls = device_type, _NATIVE_ON[device_type]
+    if name == "native":
+        module, cls = _NATIVE_ON.get(device_type, (module, cls))
     return getattr(importlib.import_module(f"{__package__}.backend.{module}"), cls)()
 
 
