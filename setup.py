@@ -60,7 +60,6 @@ class CMakeBuild(build_ext):
         return [path for path in super().get_outputs() if Path(path).exists()]
 
 
-
 setup(
     # Not a top-level package: Triton's own project ships one of that name.
     packages=[*find_packages(include=["pyreg", "pyreg.*"]), "pyreg.triton_kernels"],

@@ -56,15 +56,14 @@ def _about_cuda() -> list[str]:
     module = cuda.load()
     if isinstance(module, str):
         nvcc = shutil.which("nvcc")
+        found = f"nvcc is here: {nvcc}" if nvcc else "nvcc was not found; get the CUDA toolkit"
         return [
-            "",
-            f"native CUDA sweeps: off, {module}. GPUs are served by Triton, where that is.",
-            f"nvcc is here: {nvcc}." if nvcc else "nvcc >= 12.1 (the CUDA toolkit) was not found.",
-            "With it, in pyreg's source folder (PYREG_CUDA_ARCHS chooses the architectures):",
-            f"    PYREG_BUILD=cuda {sys.executable} -m pip install --force-reinstall --no-deps -v .",
+            f"native CUDA sweeps: off, {module}; without them Triton serves GPUs",
+            f"to build them (nvcc >= 12.1 needed; {found}), in pyreg's source folder:",
+            f"    PYREG_BUILD=cuda {sys.executable} -m pip install --force-reinstall --no-deps .",
         ]
     needed, served = module.built_with, module.driver_serves()
-    linux = {12: "525", 13: "580"}.get(needed // 1000)
+    linux = {12: "530", 13: "580"}.get(needed // 1000)
     return [
         f"native CUDA sweeps: architectures {module.architectures}",
         f"driver needed: for CUDA {needed // 1000}"

@@ -118,8 +118,6 @@ def net(dtype=torch.float32):
     return nn.Sequential(nn.Conv2d(3, 5, 3), nn.Linear(70, 60)).to(dtype)
 
 
-
-
 def test_the_differentiable_value(kernels):
     module, other = net(), net()
     loss = pyreg.elastic_net(module, 0.3, 0.1)

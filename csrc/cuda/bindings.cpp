@@ -49,9 +49,9 @@ int penalty_index(const std::string& name) {
   return static_cast<int>(found - names.begin());
 }
 
-// Where a launch goes and what memory it has. `table` is called only when the tensors do not fit into
-// the launch: with bytes, which it copies to the device on the launch's stream; or with the address
-// of the last copy, when nothing has changed. It returns the address, valid on that stream.
+// Where a launch goes and what memory it has. `table` is called only when the tensors do not fit
+// into the launch: with bytes, which it copies to the device on the launch's stream; or with the
+// address of the last copy, when nothing has changed. It returns the address, valid on that stream.
 struct Target {
   uintptr_t out, scratch, stream;
   py::function table;
@@ -218,11 +218,12 @@ class Layout {
     const TensorView view = reader.read(x.ptr());
     if (!is_here(view) || view.numel() != 1 ||
         (view.dtype != DType::kFloat32 && view.dtype != DType::kFloat64))
-      throw py::value_error("expected a strength, scale or step as a float, or as a float32 or "
-                            "float64 tensor of one element on " PYREG_DEVICE_NAME ":" +
-                            std::to_string(device_));
-    return Number::at(view.data, view.dtype == DType::kFloat32 ? ScalarKind::kFloat32
-                                                               : ScalarKind::kFloat64);
+      throw py::value_error(
+          "expected a strength, scale or step as a float, or as a float32 or "
+          "float64 tensor of one element on " PYREG_DEVICE_NAME ":" +
+          std::to_string(device_));
+    return Number::at(view.data,
+                      view.dtype == DType::kFloat32 ? ScalarKind::kFloat32 : ScalarKind::kFloat64);
   }
 
   void run(Sweep sweep, const Pointers& w, const Pointers* g, const py::list& strengths,

@@ -27,8 +27,8 @@ namespace pyreg::cuda {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kBatch = 64;  // chunks between two barriers
-constexpr int kGroups = 16; // of lanes, in the reduction of a chunk
+constexpr int kBatch = 64;   // chunks between two barriers
+constexpr int kGroups = 16;  // of lanes, in the reduction of a chunk
 
 // Memory of a block. The halves of `sums` alternate: while one is added up, warps fill the other.
 template <Sweep S>
@@ -129,8 +129,8 @@ PYREG_DEVICE void visit_as(const Parameter& p, const Entry& entry, const Place& 
       numbers.strengths[k] = static_cast<C>(read(rule.strengths[k], rule.kinds[k]));
     numbers.scale = static_cast<C>(read(p.scale, p.scale_kind));
   }
-  const bool wide = place.n == kChunk && at_16_bytes(entry.w) &&
-                    (!kWritesGradient<S> || at_16_bytes(entry.g));
+  const bool wide =
+      place.n == kChunk && at_16_bytes(entry.w) && (!kWritesGradient<S> || at_16_bytes(entry.g));
   if (wide)
     visit_and_keep<S, P, T, kWide<T>>(entry, place, numbers, thread, keep);
   else
@@ -184,7 +184,8 @@ PYREG_DEVICE void reduce_lanes(Executor& run, typename Shared<S>::Warp* keep, bo
     const double* wide_lanes = keep->lanes[k] + j;
     double sum = in_double ? *wide_lanes : *narrow_lanes;
 #pragma unroll
-    for (int i = kGroups; i < kLanes; i += kGroups) sum += in_double ? wide_lanes[i] : narrow_lanes[i];
+    for (int i = kGroups; i < kLanes; i += kGroups)
+      sum += in_double ? wide_lanes[i] : narrow_lanes[i];
     keep->groups[k][j] = sum;
   });
   run.each_lane([&](int lane) {
@@ -324,7 +325,8 @@ PYREG_DEVICE void finish(Executor& run, const Parameter& p, Shared<S>& shared) {
       for (uint32_t u = 0; u < units; ++u) {
         const Rule rule = p.rule(u);
         double strengths[kMaxStrengths];
-        for (int k = 0; k < kMaxStrengths; ++k) strengths[k] = read(rule.strengths[k], rule.kinds[k]);
+        for (int k = 0; k < kMaxStrengths; ++k)
+          strengths[k] = read(rule.strengths[k], rule.kinds[k]);
         int penalty = 0;
 #define PYREG_VALUE(P) \
   if (rule.penalty == penalty++) value += P::value(totals + u * kColumns<S>, strengths);
@@ -380,8 +382,9 @@ PYREG_DEVICE void run_block(Executor& run, const Parameter& p, uint32_t block, u
       run.each_warp(
           [&](int warp) { visit_chunks<S>(run, p, shared, warp, row, batch, stop, parity); });
       run.sync();
-      run.each_thread(
-          [&](int thread) { add_chunks<S>(p, shared, parity, static_cast<int>(stop - batch), thread); });
+      run.each_thread([&](int thread) {
+        add_chunks<S>(p, shared, parity, static_cast<int>(stop - batch), thread);
+      });
     }
     run.sync();
     run.each_thread([&](int thread) {

@@ -2,8 +2,8 @@
 //
 // A chunk is kDepth rows of kLanes elements, as in cpu/kernels.cpp: lane j adds the elements
 // j, j + kLanes, ... in the compute type. A thread keeps kOwn lanes. Which ones depends on how many
-// elements it moves at a time, W: 16 bytes of them where the chunk is whole and lies at multiples of
-// 16 bytes, else one, with a check of each. The sums know nothing of that, so their bits are the
+// elements it moves at a time, W: 16 bytes of them where the chunk is whole and lies at multiples
+// of 16 bytes, else one, with a check of each. The sums know nothing of that, so their bits are the
 // CPU's.
 #pragma once
 

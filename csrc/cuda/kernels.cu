@@ -15,13 +15,16 @@
 // Why this shape:
 // - A warp takes a chunk of 4,096 elements, for then a thread has 8 of the chunk's 256 lanes,
 //   whatever the dtype, and no warp waits for another until 64 chunks are done.
-// - A persistent grid of as many blocks as are resident, each with a run of neighbouring chunks: one
+// - A persistent grid of as many blocks as are resident, each with a run of neighbouring chunks:
+// one
 //   binary search over the tensors, then increments, and one wave, so that no tail of late blocks
 //   runs alone. Shares are equal to within a segment.
-// - The order of additions is the CPU's (block.h), so value, sums and stats are the CPU's to the bit,
+// - The order of additions is the CPU's (block.h), so value, sums and stats are the CPU's to the
+// bit,
 //   whatever the grid. Products and sums stay apart (-fmad=false), divisions are IEEE's, and so
 //   gradients and proximal steps are the CPU's too. Only a NaN's payload may differ.
-// - The last block to finish adds up the partials: no second kernel, no atomic additions of numbers.
+// - The last block to finish adds up the partials: no second kernel, no atomic additions of
+// numbers.
 //   It also sets the counter back for the next launch, so that nothing needs to clear it.
 // - One kernel for all dtypes and penalties, chosen for each chunk: 24 bodies share 80 registers.
 
@@ -36,8 +39,9 @@
 namespace pyreg::cuda {
 namespace {
 
-// As many blocks as run at a time without a register being spilled, as tests/test_cuda_machine_code.py
-// shows: 80 registers a thread on sm_90, 96 before it, 128 after it, where the compiler takes more.
+// As many blocks as run at a time without a register being spilled, as
+// tests/test_cuda_machine_code.py shows: 80 registers a thread on sm_90, 96 before it, 128 after
+// it, where the compiler takes more.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int kBlocksPerMultiprocessor = 4;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -95,12 +99,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
 namespace {
 
-const void* const kKernels[kSweeps] = {
-    reinterpret_cast<const void*>(&sweep<Sweep::kValue>),
-    reinterpret_cast<const void*>(&sweep<Sweep::kGradient>),
-    reinterpret_cast<const void*>(&sweep<Sweep::kAccumulate>),
-    reinterpret_cast<const void*>(&sweep<Sweep::kProx>),
-    reinterpret_cast<const void*>(&sweep<Sweep::kStats>)};
+const void* const kKernels[kSweeps] = {reinterpret_cast<const void*>(&sweep<Sweep::kValue>),
+                                       reinterpret_cast<const void*>(&sweep<Sweep::kGradient>),
+                                       reinterpret_cast<const void*>(&sweep<Sweep::kAccumulate>),
+                                       reinterpret_cast<const void*>(&sweep<Sweep::kProx>),
+                                       reinterpret_cast<const void*>(&sweep<Sweep::kStats>)};
 
 void check(cudaError_t status, const char* what, int device) {
   if (status == cudaSuccess) return;

@@ -40,8 +40,8 @@ class Plan {
     for (size_t i = 0; i <= ordered.size(); ++i) {
       Entry e{};
       e.first_chunk = static_cast<uint32_t>(chunks);
-      e.first_segment = static_cast<uint32_t>(
-          i < ordered.size() ? table.first_segment(i) : table.segments());
+      e.first_segment =
+          static_cast<uint32_t>(i < ordered.size() ? table.first_segment(i) : table.segments());
       if (i < ordered.size()) {
         const Row& row = ordered[i];
         const int64_t n = (row.numel + kChunk - 1) / kChunk;
@@ -57,8 +57,7 @@ class Plan {
     for (size_t r = 0, i = 0; r < rules_.size(); ++r) {
       while (i < ordered.size() && ordered[i].rule < static_cast<int>(r)) ++i;
       rules_[r].first_segment = by_rule ? entries_[i].first_segment : 0;
-      if (by_rule && r < penalties.size())
-        rules_[r].penalty = static_cast<uint8_t>(penalties[r]);
+      if (by_rule && r < penalties.size()) rules_[r].penalty = static_cast<uint8_t>(penalties[r]);
     }
     by_value_ = entries_.size() <= kEntries && rules_.size() <= kRules + 1;
     for (const Entry& e : entries_) by_value_ = by_value_ && PackedEntry::fits(e);

@@ -133,10 +133,10 @@ constexpr int kEntries = 1329;  // by value, a last one included that only ends 
 struct Parameter {
   const Entry* table;      // [rows + 1] in device memory; null: `entries` below
   const Rule* rule_table;  // [rules + 1]
-  double* out;             // value, accumulate: [1 + rules * columns] value, sums; stats: [rows * 5]
-  double* partials;        // [segments * columns]
-  uint32_t* done;          // blocks that have finished; 0 between launches
-  Scalar scale;            // of gradients, or the step of prox
+  double* out;       // value, accumulate: [1 + rules * columns] value, sums; stats: [rows * 5]
+  double* partials;  // [segments * columns]
+  uint32_t* done;    // blocks that have finished; 0 between launches
+  Scalar scale;      // of gradients, or the step of prox
   ScalarKind scale_kind;
   uint32_t rows, rules, chunks;
   uint32_t run;    // chunks in a segment
@@ -148,9 +148,7 @@ struct Parameter {
   PYREG_DEVICE uint32_t first_chunk(uint32_t i) const {
     return table ? table[i].first_chunk : entries[i].first_chunk();
   }
-  PYREG_DEVICE Rule rule(uint32_t i) const {
-    return rule_table ? rule_table[i] : rule_entries[i];
-  }
+  PYREG_DEVICE Rule rule(uint32_t i) const { return rule_table ? rule_table[i] : rule_entries[i]; }
 };
 static_assert(sizeof(Parameter) <= kParameterBytes, "passed by value");
 static_assert(sizeof(Parameter) + sizeof(PackedEntry) > kParameterBytes, "room for one more");

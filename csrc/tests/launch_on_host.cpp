@@ -1,10 +1,9 @@
 // launch.h without a GPU: the kernels' code in loops over threads, on CPU tensors. With
 // cuda/bindings.cpp it makes a Python module for tests of what lies above the kernels.
 
-#include "cuda/launch.h"
-
 #include <mutex>
 
+#include "cuda/launch.h"
 #include "emulate.h"
 
 namespace pyreg::cuda {

@@ -22,10 +22,11 @@ struct Rows {
   std::vector<int> skip;
   std::vector<std::vector<unsigned char>> memory;
 
-  Rows(std::vector<Row> rows, std::vector<int> skip) : rows(std::move(rows)), skip(std::move(skip)) {
+  Rows(std::vector<Row> rows, std::vector<int> skip)
+      : rows(std::move(rows)), skip(std::move(skip)) {
     for (size_t i = 0; i < this->rows.size(); ++i)
-      memory.emplace_back((this->rows[i].numel + this->skip[i] + 8) * item_size(this->rows[i].dtype),
-                          0x5a);
+      memory.emplace_back(
+          (this->rows[i].numel + this->skip[i] + 8) * item_size(this->rows[i].dtype), 0x5a);
   }
   // vector's memory is at 16 bytes.
   char* at(size_t i) {
@@ -66,9 +67,20 @@ struct Rows {
 };
 
 std::vector<Row> random_rows(Random& random, int most, int rules) {
-  const int64_t edges[] = {0,          1,          7,          8,          9,     255,
-                           256,        257,        kChunk - 1, kChunk,     kChunk + 1,
-                           2 * kChunk, 5 * kChunk - 1, 3 * kChunk + 8};
+  const int64_t edges[] = {0,
+                           1,
+                           7,
+                           8,
+                           9,
+                           255,
+                           256,
+                           257,
+                           kChunk - 1,
+                           kChunk,
+                           kChunk + 1,
+                           2 * kChunk,
+                           5 * kChunk - 1,
+                           3 * kChunk + 8};
   std::vector<Row> rows(random() % most);
   for (Row& row : rows) {
     const uint64_t kind = random() % 4;
@@ -114,8 +126,8 @@ void test_same_bits_as_the_cpu() {
     const Table table(rows, penalties);
     for (int s = 0; s < cuda::kSweeps; ++s) {
       const Sweep sweep = static_cast<Sweep>(s);
-      const bool stats = sweep == Sweep::kStats, totals = stats || sweep == Sweep::kValue ||
-                                                         sweep == Sweep::kAccumulate;
+      const bool stats = sweep == Sweep::kStats,
+                 totals = stats || sweep == Sweep::kValue || sweep == Sweep::kAccumulate;
       const int columns = stats ? 5 : kMaxSums;
       const double given = sweep == Sweep::kProx ? std::fabs(scale) : scale;
       cuda::Number number = cuda::Number::of(given);
@@ -164,8 +176,7 @@ void test_same_bits_as_the_cpu() {
         std::vector<char> memory(plan.table_bytes() + 16);
         plan.write_table(memory.data());
         std::memset(static_cast<void*>(p.get()), 0xff, sizeof *p);
-        const uint32_t blocks =
-            plan.fill(*p, most == 3 ? memory.data() : nullptr, number, most);
+        const uint32_t blocks = plan.fill(*p, most == 3 ? memory.data() : nullptr, number, most);
         CHECK(blocks >= 1 && blocks <= most, "%u blocks of %u", blocks, most);
         std::vector<double> out(totals ? stats ? rows.size() * 5 : 1 + rules * kMaxSums : 0, NAN);
         std::vector<double> partials(plan.segments() * columns + 1, NAN);

@@ -89,8 +89,7 @@ void test_packing() {
       for (uint32_t rule : {0u, 1u, (1u << PackedEntry::kRuleBits) - 1})
         for (uint32_t last : {0u, static_cast<uint32_t>(kChunk) - 1})
           for (uint8_t dtype = 0; dtype < kDTypes; ++dtype) {
-            const cuda::Entry e{&token, nullptr, chunk,
-                                segment, rule,    static_cast<uint16_t>(last),
+            const cuda::Entry e{&token, nullptr, chunk, segment, rule, static_cast<uint16_t>(last),
                                 dtype};
             CHECK(PackedEntry::fits(e), "chunk %u", chunk);
             const PackedEntry packed = PackedEntry::pack(e);
@@ -114,7 +113,8 @@ void test_capacity() {
   CHECK(by_value(cuda::kEntries - 1, 5000, cuda::kRules), "as many as fit");
   CHECK(!by_value(cuda::kEntries, 5000, 1), "one tensor too many");
   CHECK(!by_value(3, 5000, cuda::kRules + 1), "one rule too many");
-  CHECK(!by_value(2, int64_t{1} << (cuda::PackedEntry::kChunkBits + 12), 1), "too many chunks for the bits");
+  CHECK(!by_value(2, int64_t{1} << (cuda::PackedEntry::kChunkBits + 12), 1),
+        "too many chunks for the bits");
   CHECK(by_value(0, 0, 1), "nothing");
   bool thrown = false;
   try {
