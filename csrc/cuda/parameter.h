@@ -133,7 +133,9 @@ constexpr int kEntries = 1329;  // by value, a last one included that only ends 
 struct Parameter {
   const Entry* table;      // [rows + 1] in device memory; null: `entries` below
   const Rule* rule_table;  // [rules + 1]
-  double* out;       // value, accumulate: [1 + rules * columns] value, sums; stats: [rows * 5]
+  // value, accumulate: the value, the sums [rules * columns], the value as float32.
+  // stats: [rows * columns].
+  double* out;
   double* partials;  // [segments * columns]
   uint32_t* done;    // blocks that have finished; 0 between launches
   Scalar scale;      // of gradients, or the step of prox

@@ -126,6 +126,7 @@ class _State:
     def __init__(self, pack: Pack, tensors: list[Tensor]) -> None:
         device = pack.device
         self.layout = load().Layout(tensors, pack.rule_of, list(pack.penalties), device.index or 0)
+        self.wide = any(dtype == torch.float64 for dtype, *_ in pack.geometry)
         self._device = device
         self._tables = {kind: _Table(device) for kind in ("plain", "gradients", "stats")}
         self._scratch: dict[tuple[int, bool], Tensor] = {}
@@ -191,7 +192,7 @@ class CudaBackend:
     ) -> tuple[Tensor, Tensor]:
         out = self._out(pack)
         self._sweep("value", pack, tensors, "plain", out, _strengths(rules, pack))
-        return out[0], out[1:].view(len(rules), -1)
+        return self._value(pack, out), out[1:-1].view(len(rules), -1)
 
     def gradient(
         self,
@@ -216,7 +217,7 @@ class CudaBackend:
         )
         for i in others:
             add_gradient(rules[pack.rule_of[i]], tensors[i], scale)
-        return out[0], present
+        return self._value(pack, out), present
 
     def prox(
         self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty], step: float | Tensor
@@ -231,9 +232,13 @@ class CudaBackend:
         return out
 
     def _out(self, pack: Pack) -> Tensor:
-        """[1 + rules * max_sums]: the value, then each rule's sums."""
-        size = 1 + len(pack.penalties) * load().max_sums
+        """[1 + rules * max_sums + 1]: the value, each rule's sums, the value as float32."""
+        size = 2 + len(pack.penalties) * load().max_sums
         return torch.empty(size, dtype=torch.float64, device=pack.device)
+
+    def _value(self, pack: Pack, out: Tensor) -> Tensor:
+        """As float32 if no tensor is float64: that saves a launch to convert it."""
+        return out[0] if pack.layouts[self.name].wide else out[-1:].view(torch.float32)[0]
 
     def _sweep(
         self,
