@@ -24,7 +24,8 @@ test: $(VENV)/built ctest
 # The C++ tests of csrc by itself.
 ctest: $(VENV)/installed
 ifneq ($(CXX_FOUND),)
-	cmake -S csrc -B build/csrc -G Ninja -DPYREG_BINDINGS=OFF -DPYREG_WARNINGS_AS_ERRORS=ON
+	cmake -S csrc -B build/csrc -G Ninja -DPYREG_BINDINGS=OFF -DPYREG_CUDA=OFF \
+		-DPYREG_WARNINGS_AS_ERRORS=ON
 	cmake --build build/csrc
 	ctest --test-dir build/csrc --output-on-failure
 else

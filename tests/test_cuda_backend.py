@@ -104,7 +104,8 @@ def test_every_sweep_gives_the_bits_of_the_cpu(kernels, case, dtype):
         backend.prox(pack, tensors, rules, 0.1)
         assert all(t._version > v for t, v in zip(tensors, versions, strict=True))
         results.append(
-            [value.float(), torch.as_tensor(sums, dtype=torch.float64), again.float(), torch.tensor(present), stats]
+            [value.float(), again.float(), stats]
+            + [torch.as_tensor(sums, dtype=torch.float64), torch.tensor(present)]
             + [t.detach() for t in tensors]
             + [t.grad for t in tensors if t.grad is not None]
             + [g for g in grads if g is not None]

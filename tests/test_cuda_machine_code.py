@@ -1,4 +1,4 @@
-"""The CUDA kernels' machine code, for devices that are not here: 16-byte moves, no spills, no stack."""
+"""The CUDA kernels' machine code for devices that are not here: 16-byte moves, no spills."""
 
 import re
 import shutil
@@ -80,5 +80,3 @@ def test_moves_are_16_bytes_and_nothing_spills(facts, sweep):
     assert (got["loads"], got["stores"]) == (LOADS[sweep], STORES[sweep]), got
     assert got["local"] == got["spills"] == got["generic"] == 0, got
     assert got["registers"] <= REGISTERS[got["arch"]], got
-
-
