@@ -32,6 +32,7 @@ struct Shared {
   uint32_t segment[2][kBatch];
   double carry[2][kColumns<S>];  // of a segment that the next batch may go on with
   uint32_t carry_segment[2];
+  uint32_t begin[kThreads], count[kThreads];  // of the partials that the last block adds up
 };
 template <>
 struct Shared<Sweep::kGradient> {
@@ -135,34 +136,43 @@ PYREG_DEVICE uint32_t first_segment(const Parameter& p, uint32_t unit) {
   return S == Sweep::kStats ? p.entry(unit).first_segment : p.rule(unit).first_segment;
 }
 
-// A warp adds up one column of n >= 2 partials.
+// A warp adds up n >= 2 partials, all columns at a time: it waits for memory, not for arithmetic.
+// The first two need the order of combine.h; a maximum and counts do not.
 template <Sweep S, class Executor>
-PYREG_DEVICE void add_partials(Executor& run, const double* partials, uint32_t n, int column,
-                               double* stripes, double* total) {
+PYREG_DEVICE void add_partials(Executor& run, const double* partials, uint32_t n, double* stripes,
+                               double* totals) {
+  constexpr int kOrdered = 2, kEach = kStripes / kWarp;
   run.each_lane([&](int lane) {
-    double sum[kStripes / kWarp] = {};
-#pragma unroll 2
+    double first[kEach] = {}, second[kEach] = {}, rest[kColumns<S>] = {};
+#pragma unroll 1
     for (uint32_t begin = 0; begin < n; begin += kStripes)
 #pragma unroll
-      for (int m = 0; m < kStripes / kWarp; ++m) {
+      for (int m = 0; m < kEach; ++m) {
         const uint32_t i = begin + m * kWarp + lane;
-        if (i < n)
-          sum[m] = join(column, sum[m],
-                        read_partial(partials + static_cast<int64_t>(i) * kColumns<S> + column));
+        if (i >= n) continue;
+        const double* own = partials + static_cast<int64_t>(i) * kColumns<S>;
+        first[m] += read_partial(own);
+        second[m] += read_partial(own + 1);
+#pragma unroll
+        for (int k = kOrdered; k < kColumns<S>; ++k)
+          rest[k] = join(k, rest[k], read_partial(own + k));
       }
+    halve<4>(first), halve<2>(first), halve<1>(first);
+    halve<4>(second), halve<2>(second), halve<1>(second);
+    rest[0] = first[0], rest[1] = second[0];
 #pragma unroll
-    for (int half = kStripes / kWarp / 2; half > 0; half /= 2)
-#pragma unroll
-      for (int m = 0; m < half; ++m) sum[m] = join(column, sum[m], sum[m + half]);
-    stripes[lane] = sum[0];
+    for (int k = 0; k < kColumns<S>; ++k) stripes[k * kWarp + lane] = rest[k];
   });
 #pragma unroll 1
   for (int half = kWarp / 2; half > 0; half /= 2)
     run.each_lane([&](int lane) {
-      if (lane < half) stripes[lane] = join(column, stripes[lane], stripes[lane + half]);
+      for (int k = 0; k < kColumns<S> && lane < half; ++k) {
+        double* own = stripes + k * kWarp + lane;
+        *own = join(k, own[0], own[half]);
+      }
     });
   run.each_lane([&](int lane) {
-    if (lane == 0) *total = stripes[0];
+    if (lane < kColumns<S>) totals[lane] = stripes[lane * kWarp];
   });
 }
 
@@ -171,24 +181,31 @@ template <Sweep S, class Executor>
 PYREG_DEVICE void finish(Executor& run, const Parameter& p, Shared<S>& shared) {
   const uint32_t units = S == Sweep::kStats ? p.rows : p.rules;
   double* totals = S == Sweep::kStats ? p.out : p.out + 1;
-  run.each_thread([&](int thread) {  // (many rows of `stats` are one segment)
-    for (uint32_t u = thread; u < units; u += kThreads) {
-      const uint32_t begin = first_segment<S>(p, u), n = first_segment<S>(p, u + 1) - begin;
-      for (int k = 0; k < kColumns<S> && n <= 1; ++k)
-        totals[static_cast<int64_t>(u) * kColumns<S> + k] =
-            n == 0 ? 0 : read_partial(p.partials + static_cast<int64_t>(begin) * kColumns<S> + k);
-    }
-  });
-  run.each_warp([&](int warp) {
-    for (uint64_t i = warp; i < static_cast<uint64_t>(units) * kColumns<S>; i += kWarps) {
-      const uint32_t u = static_cast<uint32_t>(i / kColumns<S>);
-      const uint32_t begin = first_segment<S>(p, u), n = first_segment<S>(p, u + 1) - begin;
-      if (n > 1)
-        add_partials<S>(run, p.partials + static_cast<int64_t>(begin) * kColumns<S>, n,
-                        static_cast<int>(i % kColumns<S>), shared.warps[warp].top, totals + i);
-    }
-  });
-  run.sync();
+  // Many rows of `stats` are one segment: threads do those, and find the others for the warps.
+  for (uint32_t base = 0; base < units; base += kThreads) {
+    run.each_thread([&](int thread) {
+      const uint32_t u = base + thread;
+      uint32_t begin = 0, n = 0;
+      if (u < units) {
+        begin = first_segment<S>(p, u);
+        n = first_segment<S>(p, u + 1) - begin;
+        for (int k = 0; k < kColumns<S> && n <= 1; ++k)
+          totals[static_cast<int64_t>(u) * kColumns<S> + k] =
+              n == 0 ? 0 : read_partial(p.partials + static_cast<int64_t>(begin) * kColumns<S> + k);
+      }
+      shared.begin[thread] = begin;
+      shared.count[thread] = n;
+    });
+    run.sync();
+    run.each_warp([&](int warp) {
+      for (int i = warp; i < kThreads; i += kWarps)
+        if (shared.count[i] > 1)
+          add_partials<S>(run, p.partials + static_cast<int64_t>(shared.begin[i]) * kColumns<S>,
+                          shared.count[i], shared.warps[warp].lanes[0],
+                          totals + static_cast<int64_t>(base + i) * kColumns<S>);
+    });
+    run.sync();
+  }
   run.each_thread([&](int thread) {
     if (S == Sweep::kStats) {
       for (uint32_t u = thread; u < units; u += kThreads) {

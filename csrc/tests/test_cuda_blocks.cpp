@@ -209,12 +209,14 @@ void test_long_segments() {
   uint32_t done = 0;
   auto p = std::make_unique<cuda::Parameter>();
   const Rows w = [&] {
-    Rows rows({{3, DType::kFloat32, 1},
-               {(2 * kSegments + 700) * kChunk + 17, DType::kBFloat16, 0},
-               {0, DType::kFloat32, 0},
-               {99 * kChunk, DType::kFloat32, 1},
-               {kChunk + 1, DType::kFloat64, 0}},
-              {0, 0, 0, 1, 0});
+    std::vector<Row> all(150, {3, DType::kFloat32, 1});  // more rows than a block has threads
+    all.insert(all.end(), {{(2 * kSegments + 700) * kChunk + 17, DType::kBFloat16, 0},
+                           {0, DType::kFloat32, 0},
+                           {99 * kChunk, DType::kFloat32, 1},
+                           {kChunk + 1, DType::kFloat64, 0}});
+    std::vector<int> skip(all.size());
+    skip[152] = 1;
+    Rows rows(all, skip);
     rows.fill(random, false);
     return rows;
   }();
