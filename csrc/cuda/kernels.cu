@@ -1,9 +1,9 @@
 // The five sweeps on NVIDIA GPUs: each one kernel, one launch, for any number of tensors.
 //
 // What moves, in N, the parameters' bytes: value and stats read N; gradient and prox read N and
-// write N; accumulate reads 2 N and writes N. Besides: 8 to 40 bytes for each of some four thousand
-// segments (and one more for each tensor), and nothing from the host, for the tensors' addresses
-// come in the launch itself.
+// write N; accumulate reads 2 N and writes N. Besides: 16 or 40 bytes for each segment, of which
+// there are some four thousand and one more for each tensor. Nothing comes from the host, for the
+// tensors' addresses are in the launch itself.
 //
 // What limits it: memory. An H200 does some 40 operations in the time that it moves the 6 bytes of
 // one bfloat16 element of accumulate, and the sweep needs about 20. So all that counts is to have
@@ -16,16 +16,13 @@
 // - A warp takes a chunk of 4,096 elements, for then a thread has 8 of the chunk's 256 lanes,
 //   whatever the dtype, and no warp waits for another until 64 chunks are done.
 // - A persistent grid of as many blocks as are resident, each with a run of neighbouring chunks:
-// one
-//   binary search over the tensors, then increments, and one wave, so that no tail of late blocks
-//   runs alone. Shares are equal to within a segment.
-// - The order of additions is the CPU's (block.h), so value, sums and stats are the CPU's to the
-// bit,
-//   whatever the grid. Products and sums stay apart (-fmad=false), divisions are IEEE's, and so
-//   gradients and proximal steps are the CPU's too. Only a NaN's payload may differ.
+//   one binary search over the tensors, then increments, and one wave, so that no tail of late
+//   blocks runs alone. Shares are equal to within a segment.
+// - The order of additions is the CPU's (totals.h), so value, sums and stats are the CPU's to the
+//   bit, whatever the grid. Products and sums stay apart (-fmad=false), divisions are IEEE's, and
+//   so gradients and proximal steps are the CPU's too. Only a NaN's payload may differ.
 // - The last block to finish adds up the partials: no second kernel, no atomic additions of
-// numbers.
-//   It also sets the counter back for the next launch, so that nothing needs to clear it.
+//   numbers. It also sets the counter back for the next launch: nothing needs to clear it.
 // - One kernel for all dtypes and penalties, chosen for each chunk: 24 bodies share 80 registers.
 
 #include <cuda_runtime.h>
