@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 # (Triton's kernels run on CPU tensors, in an interpreter that must be asked for before the import.)
-NATIVE_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name 'CMakeLists.txt')
+NATIVE_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name 'CMakeLists.txt')
 CXX_FOUND := $(shell command -v $${CXX:-c++} || command -v g++ || command -v clang++)
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
@@ -24,7 +24,8 @@ test: $(VENV)/built ctest
 # The C++ tests of csrc by itself.
 ctest: $(VENV)/installed
 ifneq ($(CXX_FOUND),)
-	cmake -S csrc -B build/csrc -G Ninja -DPYREG_BINDINGS=OFF -DPYREG_WARNINGS_AS_ERRORS=ON
+	cmake -S csrc -B build/csrc -G Ninja -DPYREG_BINDINGS=OFF -DPYREG_CUDA=OFF \
+		-DPYREG_WARNINGS_AS_ERRORS=ON
 	cmake --build build/csrc
 	ctest --test-dir build/csrc --output-on-failure
 else
@@ -38,12 +39,12 @@ wheel-test: $(VENV)/built
 lint: $(VENV)/installed
 	ruff check .
 	ruff format --check .
-	clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+	clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
 format: $(VENV)/installed
 	ruff check --fix .
 	ruff format .
-	clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+	clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
 # Every figure in the README, on this machine; takes some minutes.
 bench: $(VENV)/built
@@ -73,13 +74,16 @@ doctor: $(VENV)/built
 	$(PY) -P -m pyreg doctor
 
 clean:
-	rm -rf $(VENV) build pyreg/_native*.so *.egg-info
+	rm -rf $(VENV) build pyreg/_native*.so pyreg/_cuda*.so *.egg-info
 
 $(VENV)/installed: requirements-dev.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
+# (An old module must not pass for one that was not built. With a compiler, a failure is an error.)
 $(VENV)/built: $(VENV)/installed pyproject.toml setup.py $(NATIVE_SOURCES)
+	rm -f pyreg/_native*.so pyreg/_cuda*.so
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(if $(CXX_FOUND),$(if $(filter none,$(PYREG_BUILD)),,$(PY) -P -c "import pyreg._native"))
 	touch $@

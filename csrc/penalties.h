@@ -32,7 +32,7 @@ PYREG_FN float absolute(float x) { return __builtin_fabsf(x); }
 PYREG_FN double absolute(double x) { return __builtin_fabs(x); }
 
 // a * b + c with one rounding.
-#if defined(__CUDACC__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#if defined(__CUDACC__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(PYREG_LIBM_FMA)
 PYREG_FN float mul_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 PYREG_FN double mul_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
 #else

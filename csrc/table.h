@@ -49,13 +49,20 @@ class Table {
       numel_ += r.numel;
     }
     run_ = kChunk * std::max<int64_t>(1, divide_up(chunks, kSegments));
+    by_rule_.resize(rows_.size());
+    for (size_t i = 0; i < rows_.size(); ++i) by_rule_[i] = static_cast<int32_t>(i);
+    std::stable_sort(by_rule_.begin(), by_rule_.end(),
+                     [&](int32_t a, int32_t b) { return rows_[a].rule < rows_[b].rule; });
     for (size_t i = 0; i < rows_.size(); ++i)
       first_[i + 1] = first_[i] + divide_up(rows_[i].numel, run_);
   }
 
   const std::vector<Row>& rows() const { return rows_; }
   const std::vector<int>& penalties() const { return penalties_; }
+  // The rows' numbers, sorted by rule and in order within one.
+  const std::vector<int32_t>& rows_by_rule() const { return by_rule_; }
   int64_t numel() const { return numel_; }
+  int64_t run() const { return run_; }  // elements per segment
   int64_t segments() const { return first_.back(); }
   int64_t first_segment(int64_t row) const { return first_[row]; }
 
@@ -82,8 +89,9 @@ class Table {
 
   std::vector<Row> rows_;
   std::vector<int> penalties_;
+  std::vector<int32_t> by_rule_;
   std::vector<int64_t> first_;  // [rows + 1] the first segment of each row
-  int64_t run_ = kChunk;        // elements per segment
+  int64_t run_ = kChunk;
   int64_t numel_ = 0;
 };
 

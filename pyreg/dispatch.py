@@ -19,6 +19,7 @@ from .pack import Pack
 # Fastest first.
 _CLASSES = {"native": "NativeBackend", "triton": "TritonBackend", "torch": "TorchBackend"}
 requested_backend: ContextVar[str | None] = ContextVar("pyreg_backend", default=None)
+_NATIVE_ON = {"cuda": ("cuda", "CudaBackend")}  # devices for which native is another module
 
 
 class BackendError(RuntimeError):
@@ -34,9 +35,12 @@ class BackendStatus(NamedTuple):
 
 
 @cache
-def backend(name: str) -> Any:
-    """The backend of that name (its module is imported now)."""
-    return getattr(importlib.import_module(f"{__package__}.backend.{name}"), _CLASSES[name])()
+def backend(name: str, device_type: str = "cpu") -> Any:
+    """The backend of that name for such a device (its module is imported now)."""
+    module, cls = name, _CLASSES[name]
+    if name == "native":
+        module, cls = _NATIVE_ON.get(device_type, (module, cls))
+    return getattr(importlib.import_module(f"{__package__}.backend.{module}"), cls)()
 
 
 def backends() -> list[BackendStatus]:
@@ -98,13 +102,13 @@ def choose(pack: Pack) -> Choice:
     """
     name = requested()
     if name != "auto":
-        b = backend(name)
+        b = backend(name, pack.device.type)
         if (why := b.missing() or b.refuses(pack, by_name=True)) is not None:
             raise BackendError(f"backend {name!r} cannot serve: {why}")
         return Choice(b, "asked for by name")
     passed = []
     for name in _CLASSES:
-        b = backend(name)
+        b = backend(name, pack.device.type)
         if (why := b.missing() or b.refuses(pack)) is None:
             return Choice(b, "; ".join(passed))
         passed.append(f"{name}: {why}")

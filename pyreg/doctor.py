@@ -10,7 +10,7 @@ import sys
 import torch
 
 from . import __version__
-from .backend import native
+from .backend import cuda, native
 from .dispatch import BackendError, backends, requested
 from .text import table
 
@@ -49,7 +49,31 @@ def diagnose() -> str:
                 "built without OpenMP: one thread; install libgomp (GCC) or libomp (Clang) and "
                 "reinstall pyreg"
             )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_about_cuda()])
+
+
+def _about_cuda() -> list[str]:
+    module = cuda.load()
+    if isinstance(module, str):
+        nvcc = shutil.which("nvcc")
+        found = f"nvcc is here: {nvcc}" if nvcc else "nvcc was not found; get the CUDA toolkit"
+        return [
+            f"native CUDA sweeps: off, {module}; without them Triton serves GPUs",
+            f"to build them (nvcc >= 12.1 needed; {found}), in pyreg's source folder:",
+            f"    PYREG_BUILD=cuda {sys.executable} -m pip install --force-reinstall --no-deps .",
+        ]
+    needed, served = module.built_with, module.driver_serves()
+    linux = {12: "530", 13: "580"}.get(needed // 1000)
+    return [
+        f"native CUDA sweeps: architectures {module.architectures}",
+        f"driver needed: for CUDA {needed // 1000}"
+        + (f" (on Linux {linux} or later)" if linux else "")
+        + (f"; here: for CUDA {cuda.version_text(served)}" if served else "; here: none"),
+        *(
+            f"cuda:{i}, {torch.cuda.get_device_name(i)}: {cuda.unserved(i) or 'served'}"
+            for i in range(torch.cuda.device_count())
+        ),
+    ]
 
 
 def _asked_for() -> str:

@@ -25,11 +25,12 @@ LAYERS = [
     ["sweeps"],
     ["dispatch"],
     ["backend.native", "backend.triton"],
+    ["backend.cuda"],
     ["backend.torch"],
     ["pack", "coverage", "stats"],
     ["penalties", "text"],
     ["reference"],
-    ["_native"],
+    ["_native", "_cuda"],
 ]
 FACE = "__init__"  # pyreg/__init__.py gathers the public names, and may import anything
 
@@ -74,7 +75,7 @@ def module_name(file: Path) -> str:
 
 def is_module(name: str) -> bool:
     path = PACKAGE.joinpath(*name.split("."))
-    return path.with_suffix(".py").exists() or path.is_dir() or name == "_native"
+    return path.with_suffix(".py").exists() or path.is_dir() or name in ("_native", "_cuda")
 
 
 def imports(file: Path) -> set[str]:

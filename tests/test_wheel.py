@@ -16,6 +16,8 @@ USE = """
 import pathlib, sys, torch, pyreg
 assert pathlib.Path(pyreg.__file__).is_relative_to(sys.argv[1]), pyreg.__file__
 print({b.name: b.available for b in pyreg.backends()})
+from pyreg.backend import cuda
+assert isinstance(cuda.load(), str) or cuda.load().built_with > 0
 w = torch.nn.Parameter(torch.tensor([1.0, -2.0, 0.0]))
 loss = pyreg.l1([w], 0.5)
 loss.backward()
@@ -64,6 +66,18 @@ def test_wheel_with_native_library(tmp_path):
         pytest.skip("no C++ compiler: see test_wheel_without_compiler")
     wheel = build(tmp_path, PYREG_BUILD="cpu")
     assert "linux" in wheel.name or "macosx" in wheel.name
+    assert "'native': True" in use(wheel, tmp_path, "native")
+
+
+@pytest.mark.wheel
+def test_wheel_with_cuda(tmp_path):
+    """Where nvcc is, the default build has both modules; without a GPU one of them says so."""
+    if shutil.which("c++") is None or shutil.which("nvcc") is None:
+        pytest.skip("needs a C++ compiler and nvcc")
+    wheel = build(tmp_path, PYREG_CUDA_ARCHS="90")
+    with zipfile.ZipFile(wheel) as archive:
+        modules = [name for name in archive.namelist() if name.endswith(".so")]
+    assert [name.split(".")[0] for name in sorted(modules)] == ["pyreg/_cuda", "pyreg/_native"]
     assert "'native': True" in use(wheel, tmp_path, "native")
 
 

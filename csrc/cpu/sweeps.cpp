@@ -6,6 +6,7 @@
 #include <cstring>
 #include <string>
 
+#include "../combine.h"
 #include "kernels.h"
 
 #if defined(_OPENMP)
@@ -112,12 +113,30 @@ T* scratch(int64_t n) {
   return memory.data();
 }
 
-void combine(const Table& table, const double* partials, double* sums) {
-  std::fill_n(sums, table.penalties().size() * kMaxSums, 0.0);
-  for (size_t row = 0; row < table.rows().size(); ++row) {
-    double* into = sums + table.rows()[row].rule * kMaxSums;
-    for (int64_t s = table.first_segment(row); s < table.first_segment(row + 1); ++s)
-      for (int k = 0; k < kMaxSums; ++k) into[k] += partials[s * kMaxSums + k];
+// [rules][kMaxSums]: each rule's partials, in the order of its rows.
+void combine_by_rule(const Table& table, const double* partials, double* sums) {
+  const std::vector<int32_t>& order = table.rows_by_rule();
+  std::vector<double> gathered;
+  auto begin = order.begin();
+  for (size_t rule = 0; rule < table.penalties().size(); ++rule) {
+    const auto end = std::find_if(begin, order.end(), [&](int32_t row) {
+      return table.rows()[row].rule != static_cast<int>(rule);
+    });
+    const double* own = partials;
+    int64_t n = 0;
+    if (begin != end && *(end - 1) - *begin == end - begin - 1) {  // they lie together
+      own += table.first_segment(*begin) * kMaxSums;
+      n = table.first_segment(*(end - 1) + 1) - table.first_segment(*begin);
+    } else {
+      gathered.clear();
+      for (auto row = begin; row != end; ++row)
+        gathered.insert(gathered.end(), partials + table.first_segment(*row) * kMaxSums,
+                        partials + table.first_segment(*row + 1) * kMaxSums);
+      own = gathered.data();
+      n = static_cast<int64_t>(gathered.size()) / kMaxSums;
+    }
+    for (int k = 0; k < kMaxSums; ++k) sums[rule * kMaxSums + k] = combine(own + k, n, kMaxSums);
+    begin = end;
   }
 }
 
@@ -159,7 +178,7 @@ void value(const Table& table, const void* const* w, const double* strengths, do
         .value(offset(w[span.row], row, span.begin), span.end - span.begin,
                strengths + row.rule * kMaxStrengths, partials + segment * kMaxSums);
   });
-  combine(table, partials, sums);
+  combine_by_rule(table, partials, sums);
 }
 
 void gradient(const Table& table, const void* const* w, void* const* g, const double* strengths,
@@ -188,7 +207,7 @@ void accumulate(const Table& table, const void* const* w, void* const* g, const 
     else
       k.accumulate(from, offset(g[span.row], row, span.begin), n, c, scale, into);
   });
-  combine(table, partials, sums);
+  combine_by_rule(table, partials, sums);
 }
 
 void prox(const Table& table, void* const* w, const double* strengths, double step, int threads) {
@@ -208,12 +227,14 @@ void stats(const Table& table, const void* const* w, Stats* stats, int threads) 
     kernels.stats[static_cast<int>(row.dtype)](offset(w[span.row], row, span.begin),
                                                span.end - span.begin, partials + segment);
   });
+  constexpr int64_t kStatsStep = sizeof(Stats) / sizeof(double);
   for (size_t row = 0; row < table.rows().size(); ++row) {
+    const int64_t begin = table.first_segment(row), n = table.first_segment(row + 1) - begin;
     Stats total;
-    for (int64_t s = table.first_segment(row); s < table.first_segment(row + 1); ++s) {
+    if (n > 0) total.l1 = combine(&partials[begin].l1, n, kStatsStep);
+    if (n > 0) total.l2_squared = combine(&partials[begin].l2_squared, n, kStatsStep);
+    for (int64_t s = begin; s < begin + n; ++s) {
       const Stats& part = partials[s];
-      total.l1 += part.l1;
-      total.l2_squared += part.l2_squared;
       total.max_abs = std::max(total.max_abs, part.max_abs);
       total.zeros += part.zeros;
       total.non_finite += part.non_finite;

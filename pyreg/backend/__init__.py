@@ -9,9 +9,8 @@ A backend has
 - the sweeps, over `tensors` = the pack's rows and `rules` = the penalties, in the order of
   `pack.penalties`. Each may raise StaleLayout, before anything is written:
 
-  - `value(pack, tensors, rules) -> (value, sums)`: 0-dim, float64, or float32 where that is asked
-    for in the end (no tensor is float64); [rules, strengths] derivatives by
-    the strengths (whatever `torch.as_tensor` takes);
+  - `value(pack, tensors, rules) -> (value, sums)`: 0-dim float64, or float32 where no tensor is
+    float64; [rules, strengths] derivatives by the strengths (whatever `torch.as_tensor` takes);
   - `new_buffer(pack, bytes) -> Tensor`: memory for a gradient that is about to be written;
   - `gradient(pack, tensors, grads, rules, scale)`: grads[i] = scale * gradient, None left out;
   - `accumulate(pack, tensors, rules, scale) -> (value, present)`: .grad += scale * gradient where

@@ -1,4 +1,4 @@
-"""The native backend: csrc's sweeps over CPU tensors."""
+"""The native backend: csrc's sweeps over CPU tensors. (Those over CUDA tensors: cuda.py.)"""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..pack import GradientMismatch, Pack, StaleLayout
 from ..penalties import Penalty
+from . import cuda
 from .torch import add_gradient, apply_prox
 
 
@@ -36,7 +37,9 @@ class NativeBackend:
         if isinstance(native, str):
             return ""
         threads = "OpenMP" if native.has_openmp() else "one thread"
-        return f"CPU, {native.instruction_set()}, {threads}"
+        why = cuda.CudaBackend().missing()
+        gpu = cuda.CudaBackend().version() if why is None else f"no CUDA: {why}"
+        return f"CPU, {native.instruction_set()}, {threads}; {gpu}"
 
     def refuses(self, pack: Pack, by_name: bool = False) -> str | None:
         if pack.irregular is not None:

@@ -1,0 +1,132 @@
+// Tensors laid out for the kernels, on the host: sizes once, addresses at every call.
+#pragma once
+
+#include <cstring>
+
+#include "parameter.h"
+
+namespace pyreg::cuda {
+
+// Strengths or a scale as a caller has them.
+struct Number {
+  ScalarKind kind = ScalarKind::kNumber;
+  Scalar scalar{};
+
+  static Number of(double x) {
+    Number n;
+    std::memcpy(&n.scalar.bits, &x, sizeof x);
+    return n;
+  }
+  static Number at(const void* address, ScalarKind kind) {
+    return {kind, {reinterpret_cast<uintptr_t>(address)}};
+  }
+};
+
+class Plan {
+ public:
+  // Rows in the order of their rules, so that a rule's segments follow each other; or as they come,
+  // for `stats`, which has totals for each row.
+  Plan(const std::vector<Row>& rows, const std::vector<int>& penalties, bool by_rule) {
+    const Table given(rows, penalties);
+    order_ = given.rows_by_rule();
+    if (!by_rule) std::sort(order_.begin(), order_.end());
+    std::vector<Row> ordered;
+    for (int32_t i : order_) ordered.push_back(rows[i]);
+    const Table table(ordered, penalties);
+
+    run_ = table.run() / kChunk;
+    int64_t chunks = 0;
+    rules_.resize(by_rule ? penalties.size() + 1 : 1);
+    for (size_t i = 0; i <= ordered.size(); ++i) {
+      Entry e{};
+      e.first_chunk = static_cast<uint32_t>(chunks);
+      e.first_segment =
+          static_cast<uint32_t>(i < ordered.size() ? table.first_segment(i) : table.segments());
+      if (i < ordered.size()) {
+        const Row& row = ordered[i];
+        const int64_t n = (row.numel + kChunk - 1) / kChunk;
+        e.rule = by_rule ? row.rule : 0;
+        e.last = static_cast<uint16_t>(n == 0 ? 0 : row.numel - (n - 1) * kChunk - 1);
+        e.dtype = static_cast<uint8_t>(row.dtype);
+        chunks += n;
+      }
+      entries_.push_back(e);
+    }
+    if (chunks >= kNone) throw std::invalid_argument("too many elements for one launch");
+    chunks_ = static_cast<uint32_t>(chunks);
+    for (size_t r = 0, i = 0; r < rules_.size(); ++r) {
+      while (i < ordered.size() && ordered[i].rule < static_cast<int>(r)) ++i;
+      rules_[r].first_segment = by_rule ? entries_[i].first_segment : 0;
+      if (by_rule && r < penalties.size()) rules_[r].penalty = static_cast<uint8_t>(penalties[r]);
+    }
+    by_value_ = entries_.size() <= kEntries && rules_.size() <= kRules + 1;
+    for (const Entry& e : entries_) by_value_ = by_value_ && PackedEntry::fits(e);
+  }
+
+  bool by_value() const { return by_value_; }
+  uint32_t rows() const { return static_cast<uint32_t>(order_.size()); }
+  uint32_t rules() const { return static_cast<uint32_t>(rules_.size()) - 1; }
+  uint32_t segments() const { return entries_.back().first_segment; }
+  const std::vector<Entry>& entries() const { return entries_; }
+
+  // w[i] and g[i] are the i-th tensor's, in the caller's order. Without g there are no gradients.
+  void show(void* const* w, void* const* g) {
+    for (size_t i = 0; i < order_.size(); ++i) {
+      entries_[i].w = w[order_[i]];
+      entries_[i].g = g == nullptr ? nullptr : g[order_[i]];
+    }
+  }
+
+  // [rules][kMaxStrengths]
+  void strengthen(const Number* strengths) {
+    for (size_t r = 0; r + 1 < rules_.size(); ++r)
+      for (int k = 0; k < kMaxStrengths; ++k) {
+        rules_[r].kinds[k] = strengths[r * kMaxStrengths + k].kind;
+        rules_[r].strengths[k] = strengths[r * kMaxStrengths + k].scalar;
+      }
+  }
+
+  // What a table in device memory holds: the entries, then the rules.
+  size_t table_bytes() const {
+    return entries_.size() * sizeof(Entry) + rules_.size() * sizeof(Rule);
+  }
+  void write_table(char* to) const {
+    std::memcpy(to, entries_.data(), entries_.size() * sizeof(Entry));
+    std::memcpy(to + entries_.size() * sizeof(Entry), rules_.data(), rules_.size() * sizeof(Rule));
+  }
+
+  // All of a parameter but its results and scratch, for at most so many blocks. `table` is the
+  // table's place in device memory; null puts all into the parameter. Returns the grid's size.
+  uint32_t fill(Parameter& p, const char* table, Number scale, uint32_t blocks) const {
+    p.table = reinterpret_cast<const Entry*>(table);
+    p.rule_table = nullptr;
+    if (table != nullptr) {
+      p.rule_table = reinterpret_cast<const Rule*>(table + entries_.size() * sizeof(Entry));
+    } else {
+      if (!by_value_) throw std::logic_error("the tensors do not fit into one parameter");
+      for (size_t i = 0; i < entries_.size(); ++i) p.entries[i] = PackedEntry::pack(entries_[i]);
+      std::copy(rules_.begin(), rules_.end(), p.rule_entries);
+    }
+    p.scale = scale.scalar;
+    p.scale_kind = scale.kind;
+    p.rows = rows();
+    p.rules = rules();
+    p.chunks = chunks_;
+    p.run = static_cast<uint32_t>(run_);
+    // Equal shares: as few blocks as take no more segments each than the fullest one would.
+    const int64_t segments = std::max<int64_t>(1, (chunks_ + run_ - 1) / run_);
+    const int64_t each = (segments + blocks - 1) / blocks;
+    p.share = static_cast<uint32_t>(each * run_);
+    return static_cast<uint32_t>((segments + each - 1) / each);
+  }
+
+ private:
+  std::vector<int32_t> order_;
+  std::vector<Entry> entries_;  // [rows + 1]
+  std::vector<Rule> rules_;     // [rules + 1]
+  int64_t run_ = 1;             // chunks in a segment
+  uint32_t chunks_ = 0;
+  bool by_value_ = false;
+};
+
+}  // namespace pyreg::cuda

@@ -1,0 +1,266 @@
+// The code of the CUDA kernels, run on the host: loops stand for blocks, warps and threads.
+//
+// Shows, without a GPU, that every element is visited once whatever the sizes, alignments and grid,
+// that the parameter holds what it should, and that all results are the CPU sweeps' to the bit.
+
+#include "emulate.h"
+#include "sweeps.h"
+
+namespace {
+
+using namespace pyreg;
+using cuda::Sweep;
+
+using cuda::Random;
+
+constexpr DType kAllDTypes[] = {DType::kFloat32, DType::kFloat64, DType::kBFloat16,
+                                DType::kFloat16};
+
+// Rows in one block of memory each, at an offset of `skip` elements, with a guard behind.
+struct Rows {
+  std::vector<Row> rows;
+  std::vector<int> skip;
+  std::vector<std::vector<unsigned char>> memory;
+
+  Rows(std::vector<Row> rows, std::vector<int> skip)
+      : rows(std::move(rows)), skip(std::move(skip)) {
+    for (size_t i = 0; i < this->rows.size(); ++i)
+      memory.emplace_back(
+          (this->rows[i].numel + this->skip[i] + 8) * item_size(this->rows[i].dtype), 0x5a);
+  }
+  // vector's memory is at 16 bytes.
+  char* at(size_t i) {
+    return reinterpret_cast<char*>(memory[i].data()) + skip[i] * item_size(rows[i].dtype);
+  }
+  std::vector<void*> pointers() {
+    std::vector<void*> all;
+    for (size_t i = 0; i < rows.size(); ++i) all.push_back(at(i));
+    return all;
+  }
+  // Normal numbers, some of both zeros; with `rare` a NaN or an infinity here and there.
+  void fill(Random& random, bool rare) {
+    std::normal_distribution<float> normal;
+    for (size_t i = 0; i < rows.size(); ++i)
+      for (int64_t e = 0; e < rows[i].numel; ++e) {
+        float x = e % 7 == 3 ? 0.0f : e % 11 == 5 ? -0.0f : normal(random);
+        if (rare && random() % 5000 == 0) x = random() % 2 ? -INFINITY : NAN;
+        char* to = at(i) + e * item_size(rows[i].dtype);
+        const double wide = x;
+        const BFloat16 b = to_bfloat16(x);
+        const Float16 h = to_float16(x);
+        switch (rows[i].dtype) {
+          case DType::kFloat32:
+            std::memcpy(to, &x, 4);
+            break;
+          case DType::kFloat64:
+            std::memcpy(to, &wide, 8);
+            break;
+          case DType::kBFloat16:
+            std::memcpy(to, &b, 2);
+            break;
+          case DType::kFloat16:
+            std::memcpy(to, &h, 2);
+            break;
+        }
+      }
+  }
+};
+
+std::vector<Row> random_rows(Random& random, int most, int rules) {
+  const int64_t edges[] = {0,
+                           1,
+                           7,
+                           8,
+                           9,
+                           255,
+                           256,
+                           257,
+                           kChunk - 1,
+                           kChunk,
+                           kChunk + 1,
+                           2 * kChunk,
+                           5 * kChunk - 1,
+                           3 * kChunk + 8};
+  std::vector<Row> rows(random() % most);
+  for (Row& row : rows) {
+    const uint64_t kind = random() % 4;
+    row.numel = kind == 0 ? static_cast<int64_t>(random() % 20000)
+                          : edges[random() % (sizeof edges / sizeof *edges)];
+    row.dtype = kAllDTypes[random() % kDTypes];
+    row.rule = static_cast<int>(random() % rules);
+  }
+  return rows;
+}
+
+// Every sweep over random tensors, by the kernels' code and by the CPU's: the same bits. Both with
+// the tensors in the parameter and in a table, for several grids.
+void test_same_bits_as_the_cpu() {
+  Random random(1);
+  uint32_t done = 0;
+  auto p = std::make_unique<cuda::Parameter>();
+  for (int round = 0; round < 250; ++round) {
+    const int rules = 1 + static_cast<int>(random() % 4);
+    std::vector<int> penalties(rules), skip;
+    for (int& penalty : penalties) penalty = static_cast<int>(random() % kPenalties);
+    const auto rows = random_rows(random, round % 10 == 0 ? 60 : 12, rules);
+    for (size_t i = 0; i < rows.size(); ++i)
+      skip.push_back(random() % 2 ? 0 : static_cast<int>(random() % 8));
+    Rows w(rows, skip);
+    w.fill(random, round % 3 == 0);
+    std::reverse(skip.begin(), skip.end());  // gradients are aligned otherwise
+    Rows g(rows, skip);
+    g.fill(random, false);
+    auto gradients = g.pointers();
+    for (void*& gradient : gradients)
+      if (random() % 8 == 0) gradient = nullptr;
+
+    std::vector<double> strengths(rules * kMaxStrengths);
+    for (double& s : strengths) s = static_cast<double>(random() % 1000) * 1.1e-3;
+    double scale = random() % 2 ? 1.0 : -0.3;
+    float narrow_scale = static_cast<float>(scale);
+    std::vector<cuda::Number> numbers;
+    for (const double& s : strengths)
+      numbers.push_back(random() % 2 ? cuda::Number::of(s)
+                                     : cuda::Number::at(&s, cuda::ScalarKind::kFloat64));
+
+    const Table table(rows, penalties);
+    for (int s = 0; s < cuda::kSweeps; ++s) {
+      const Sweep sweep = static_cast<Sweep>(s);
+      const bool stats = sweep == Sweep::kStats,
+                 totals = stats || sweep == Sweep::kValue || sweep == Sweep::kAccumulate;
+      const int columns = stats ? 5 : kMaxSums;
+      const double given = sweep == Sweep::kProx ? std::fabs(scale) : scale;
+      cuda::Number number = cuda::Number::of(given);
+      if (sweep == Sweep::kGradient)
+        number = cuda::Number::at(&narrow_scale, cuda::ScalarKind::kFloat32);
+      const double used = sweep == Sweep::kGradient ? narrow_scale : given;
+
+      Rows cpu_w = w, cpu_g = g;
+      auto cpu_gradients = cpu_g.pointers();
+      for (size_t i = 0; i < rows.size(); ++i)
+        if (gradients[i] == nullptr) cpu_gradients[i] = nullptr;
+      std::vector<double> expected;
+      if (sweep == Sweep::kValue || sweep == Sweep::kAccumulate) {
+        std::vector<double> sums(rules * kMaxSums);
+        if (sweep == Sweep::kValue)
+          cpu::value(table, cpu_w.pointers().data(), strengths.data(), sums.data(), 1);
+        else
+          cpu::accumulate(table, cpu_w.pointers().data(), cpu_gradients.data(), strengths.data(),
+                          used, sums.data(), 1);
+        expected.push_back(value_from_sums(table, sums.data(), strengths.data()));
+        expected.insert(expected.end(), sums.begin(), sums.end());
+      } else if (sweep == Sweep::kGradient) {
+        cpu::gradient(table, cpu_w.pointers().data(), cpu_gradients.data(), strengths.data(), used,
+                      1);
+      } else if (sweep == Sweep::kProx) {
+        cpu::prox(table, cpu_w.pointers().data(), strengths.data(), used, 1);
+      } else {
+        std::vector<Stats> all(rows.size());
+        cpu::stats(table, cpu_w.pointers().data(), all.data(), 1);
+        for (const Stats& one : all)
+          for (double x : {one.l1, one.l2_squared, one.max_abs, static_cast<double>(one.zeros),
+                           static_cast<double>(one.non_finite)})
+            expected.push_back(x);
+      }
+
+      cuda::Plan plan(rows, penalties, !stats);
+      CHECK(plan.by_value(), "%zu rows", rows.size());
+      for (uint32_t most : {1u, 3u, 1000u}) {
+        Rows gpu_w = w, gpu_g = g;
+        auto gpu_gradients = gpu_g.pointers();
+        for (size_t i = 0; i < rows.size(); ++i)
+          if (gradients[i] == nullptr) gpu_gradients[i] = nullptr;
+        const bool with_g = sweep == Sweep::kGradient || sweep == Sweep::kAccumulate;
+        plan.show(gpu_w.pointers().data(), with_g ? gpu_gradients.data() : nullptr);
+        plan.strengthen(numbers.data());
+        std::vector<char> memory(plan.table_bytes() + 16);
+        plan.write_table(memory.data());
+        std::memset(static_cast<void*>(p.get()), 0xff, sizeof *p);
+        const uint32_t blocks = plan.fill(*p, most == 3 ? memory.data() : nullptr, number, most);
+        CHECK(blocks >= 1 && blocks <= most, "%u blocks of %u", blocks, most);
+        std::vector<double> out(totals ? stats ? rows.size() * 5 : 2 + rules * kMaxSums : 0, NAN);
+        std::vector<double> partials(plan.segments() * columns + 1, NAN);
+        p->out = out.data();
+        p->partials = partials.data();
+        p->done = &done;
+        cuda::run_sweep(sweep, *p, blocks, random);
+        CHECK(done == 0, "the counter is %u after sweep %d", done, s);
+        for (size_t i = 0; i < expected.size(); ++i)
+          CHECK((std::isnan(out[i]) && std::isnan(expected[i])) || out[i] == expected[i],
+                "round %d, sweep %d, %u blocks: result %zu is %.17g, the CPU's %.17g", round, s,
+                blocks, i, out[i], expected[i]);
+        if (totals && !stats) {
+          float rounded;
+          std::memcpy(&rounded, &out[expected.size()], sizeof rounded);
+          CHECK(rounded == static_cast<float>(out[0]) || std::isnan(out[0]), "value as float32: %g",
+                rounded);
+        }
+        CHECK(gpu_w.memory == cpu_w.memory && gpu_g.memory == cpu_g.memory,
+              "round %d, sweep %d, %u blocks: other bits than the CPU's", round, s, blocks);
+        if (failures) return;
+      }
+    }
+  }
+}
+
+// Segments of several chunks: one that goes on in the next batch, and shares that end inside rows.
+void test_long_segments() {
+  Random random(2);
+  uint32_t done = 0;
+  auto p = std::make_unique<cuda::Parameter>();
+  const Rows w = [&] {
+    std::vector<Row> all(150, {3, DType::kFloat32, 1});  // more rows than a block has threads
+    all.insert(all.end(), {{(2 * kSegments + 700) * kChunk + 17, DType::kBFloat16, 0},
+                           {0, DType::kFloat32, 0},
+                           {99 * kChunk, DType::kFloat32, 1},
+                           {kChunk + 1, DType::kFloat64, 0}});
+    std::vector<int> skip(all.size());
+    skip[152] = 1;
+    Rows rows(all, skip);
+    rows.fill(random, false);
+    return rows;
+  }();
+  Rows copy = w;
+  const std::vector<int> penalties = {2, 0};  // elastic net, L1
+  const std::vector<double> strengths = {0.3, 0.1, 0.2, 0};
+  std::vector<cuda::Number> numbers;
+  for (double s : strengths) numbers.push_back(cuda::Number::of(s));
+  const Table table(copy.rows, penalties);
+  std::vector<double> expected(2 * kMaxSums);
+  cpu::value(table, copy.pointers().data(), strengths.data(), expected.data(), 1);
+  std::vector<Stats> stats(copy.rows.size());
+  cpu::stats(table, copy.pointers().data(), stats.data(), 1);
+  for (uint32_t most : {7u, 792u}) {
+    cuda::Plan plan(copy.rows, penalties, true), by_row(copy.rows, penalties, false);
+    plan.show(copy.pointers().data(), nullptr);
+    plan.strengthen(numbers.data());
+    by_row.show(copy.pointers().data(), nullptr);
+    std::vector<double> partials(plan.segments() * 5), out(2 + expected.size());
+    uint32_t blocks = plan.fill(*p, nullptr, cuda::Number::of(1), most);
+    CHECK(p->run > 1, "a segment is one chunk");
+    p->out = out.data(), p->partials = partials.data(), p->done = &done;
+    cuda::run_sweep(Sweep::kValue, *p, blocks, random);
+    for (size_t i = 0; i < expected.size(); ++i)
+      CHECK(out[1 + i] == expected[i], "%u blocks: sum %zu is %.17g, the CPU's %.17g", blocks, i,
+            out[1 + i], expected[i]);
+    CHECK(out[0] == value_from_sums(table, expected.data(), strengths.data()), "%.17g", out[0]);
+    out.resize(5 * stats.size());
+    blocks = by_row.fill(*p, nullptr, cuda::Number::of(1), most);
+    p->out = out.data();
+    cuda::run_sweep(Sweep::kStats, *p, blocks, random);
+    for (size_t r = 0; r < stats.size(); ++r)
+      CHECK(out[5 * r] == stats[r].l1 && out[5 * r + 1] == stats[r].l2_squared &&
+                out[5 * r + 2] == stats[r].max_abs && out[5 * r + 3] == stats[r].zeros &&
+                out[5 * r + 4] == stats[r].non_finite,
+            "%u blocks: row %zu: l1 %.17g, the CPU's %.17g", blocks, r, out[5 * r], stats[r].l1);
+  }
+}
+
+}  // namespace
+
+int main() {
+  test_same_bits_as_the_cpu();
+  test_long_segments();
+  if (failures) std::printf("%d checks failed\n", failures);
+  return failures ? 1 : 0;
+}

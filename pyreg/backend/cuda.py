@@ -1,0 +1,282 @@
+"""The native backend on GPUs: csrc's CUDA sweeps, one launch over all tensors of a device.
+
+Torch allocates all memory (results, scratch, tables), so that it obeys streams and CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cache
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..pack import GradientMismatch, Pack, StaleLayout
+from ..penalties import Penalty
+from .torch import add_gradient
+
+
+@cache
+def load() -> ModuleType | str:
+    """The compiled module, or why there is none."""
+    try:
+        return importlib.import_module("pyreg._cuda")
+    except ImportError as error:
+        return f"built without CUDA ({error})"
+
+
+def version_text(version: int) -> str:
+    """13000 -> "13.0"."""
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+@cache
+def unserved(index: int) -> str | None:
+    """Why the compiled kernels do not run on this device, or None."""
+    return load().unserved(index) or None
+
+
+@cache
+def _no_gpu() -> str | None:
+    if load().device_type != "cuda" or torch.cuda.is_available():
+        return None
+    driver = load().driver_serves()
+    seen = f"the driver serves CUDA {version_text(driver)}" if driver else "no NVIDIA driver"
+    return f"no GPU (torch.cuda.is_available() is False; {seen})"
+
+
+class _Queue(NamedTuple):
+    """Where a launch goes. Graphs that are captured share scratch memory of their own."""
+
+    stream: torch.cuda.Stream | None  # None on the CPU, where tests run the kernels' code
+    capturing: bool
+
+    @property
+    def key(self) -> int:
+        return -1 if self.capturing else self.handle
+
+    @property
+    def handle(self) -> int:
+        return 0 if self.stream is None else self.stream.cuda_stream
+
+
+def _current(device: torch.device) -> _Queue:
+    if device.type == "cpu":
+        return _Queue(None, False)
+    return _Queue(torch.cuda.current_stream(device), torch.cuda.is_current_stream_capturing())
+
+
+def _on(device: torch.device) -> Any:
+    return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
+
+
+def _warm_up(what: str) -> RuntimeError:
+    return RuntimeError(
+        f"a CUDA graph is being captured, and {what}: run this sweep once on the same tensors "
+        "before the capture, and keep their addresses (zero_grad(set_to_none=False))"
+    )
+
+
+class _Table:
+    """The tensors of a sweep in device memory, for more of them than fit into a launch.
+
+    A copy never changes: a captured graph goes on reading the one that it was captured with.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._data: Tensor | None = None
+        self._ordered: set[int] = set()  # streams whose work comes after the copy
+        self._captured: list[Tensor] = []
+
+    def on(self, queue: _Queue, given: bytes | int) -> int:
+        """The address of these bytes on the device, copied now; or of the last ones."""
+        if isinstance(given, bytes):
+            if queue.capturing:
+                raise _warm_up(
+                    "there is no table yet"
+                    if self._data is None
+                    else "a tensor or a strength that is a number has changed"
+                )
+            host = torch.frombuffer(bytearray(given), dtype=torch.uint8)
+            if queue.stream is not None:
+                host = host.pin_memory()
+            self._data = host.to(self._device, non_blocking=True, copy=True)
+            self._ordered = {queue.key}
+            if queue.stream is not None:
+                self._copied = torch.cuda.Event()
+                self._copied.record(queue.stream)
+        # A capture cannot wait for an event from outside; torch.cuda.graph synchronizes before it.
+        elif queue.stream is not None and not queue.capturing and queue.key not in self._ordered:
+            queue.stream.wait_event(self._copied)
+            self._data.record_stream(queue.stream)
+            self._ordered.add(queue.key)
+        if queue.capturing and not any(self._data is t for t in self._captured):
+            self._captured.append(self._data)
+        return self._data.data_ptr()
+
+
+class _State:
+    """What is kept for one pack."""
+
+    def __init__(self, pack: Pack, tensors: list[Tensor]) -> None:
+        device = pack.device
+        self.layout = load().Layout(tensors, pack.rule_of, list(pack.penalties), device.index or 0)
+        self.wide = any(dtype == torch.float64 for dtype, *_ in pack.geometry)
+        self._device = device
+        self._tables = {kind: _Table(device) for kind in ("plain", "gradients", "stats")}
+        self._scratch: dict[tuple[int, bool], Tensor] = {}
+
+    def target(self, kind: str, out: Tensor | None = None) -> Any:
+        queue = _current(self._device)
+        scratch = self._scratch_of(queue, kind == "stats")
+        table = self._tables[kind]
+        return load().Target(
+            0 if out is None else out.data_ptr(),
+            scratch.data_ptr(),
+            queue.handle,
+            lambda given: table.on(queue, given),
+        )
+
+    def _scratch_of(self, queue: _Queue, stats: bool) -> Tensor:
+        """A zeroed counter and partials: one for each stream, one for captured graphs."""
+        if (queue.key, stats) not in self._scratch:
+            if queue.capturing:
+                raise _warm_up("there is no scratch memory yet")
+            size = self.layout.scratch_bytes(stats)
+            for key in (queue.key, -1):
+                if (key, stats) not in self._scratch:
+                    self._scratch[key, stats] = torch.zeros(
+                        size, dtype=torch.uint8, device=self._device
+                    )
+        return self._scratch[queue.key, stats]
+
+
+class CudaBackend:
+    name = "native"
+
+    def missing(self) -> str | None:
+        native = load()
+        return native if isinstance(native, str) else _no_gpu()
+
+    def version(self) -> str:
+        native = load()
+        if isinstance(native, str):
+            return ""
+        return f"CUDA {version_text(native.built_with)} for {native.architectures}"
+
+    def refuses(self, pack: Pack, by_name: bool = False) -> str | None:
+        if pack.irregular is not None:
+            return pack.irregular
+        if pack.device.type != load().device_type:
+            return f"no native sweeps for device {pack.device}"
+        if torch.version.hip:
+            return "no native sweeps for ROCm devices"
+        for name in pack.penalties:
+            if name not in load().penalties:
+                return f"no native kernel for penalty {name!r}"
+        return unserved(pack.device.index or 0)
+
+    def check(self, pack: Pack, tensors: list[Tensor]) -> None:
+        pack.check_rows(tensors)
+
+    def new_buffer(self, pack: Pack, size: int) -> Tensor:
+        return pack.new_buffer(size)
+
+    def value(
+        self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty]
+    ) -> tuple[Tensor, Tensor]:
+        out = self._out(pack)
+        self._sweep("value", pack, tensors, "plain", out, _strengths(rules, pack))
+        return self._value(pack, out), out[1:-1].view(len(rules), -1)
+
+    def gradient(
+        self,
+        pack: Pack,
+        tensors: list[Tensor],
+        grads: list[Tensor | None],
+        rules: Sequence[Penalty],
+        scale: float | Tensor,
+    ) -> None:
+        strengths = _strengths(rules, pack)
+        self._sweep(
+            "gradient", pack, tensors, "gradients", None, grads, strengths, _number(scale, pack)
+        )
+
+    def accumulate(
+        self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty], scale: float | Tensor
+    ) -> tuple[Tensor, int]:
+        out = self._out(pack)
+        strengths = _strengths(rules, pack)
+        present, others = self._sweep(
+            "accumulate", pack, tensors, "gradients", out, strengths, _number(scale, pack)
+        )
+        for i in others:
+            add_gradient(rules[pack.rule_of[i]], tensors[i], scale)
+        return self._value(pack, out), present
+
+    def prox(
+        self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty], step: float | Tensor
+    ) -> None:
+        strengths = _strengths(rules, pack)
+        self._sweep("prox", pack, tensors, "plain", None, strengths, _number(step, pack))
+        torch.autograd.graph.increment_version(tensors)
+
+    def stats(self, pack: Pack, tensors: list[Tensor]) -> Tensor:
+        out = torch.empty(len(tensors), 5, dtype=torch.float64, device=pack.device)
+        self._sweep("stats", pack, tensors, "stats", out)
+        return out
+
+    def _out(self, pack: Pack) -> Tensor:
+        """[1 + rules * max_sums + 1]: the value, each rule's sums, the value as float32."""
+        size = 2 + len(pack.penalties) * load().max_sums
+        return torch.empty(size, dtype=torch.float64, device=pack.device)
+
+    def _value(self, pack: Pack, out: Tensor) -> Tensor:
+        """As float32 if no tensor is float64: that saves a launch to convert it."""
+        return out[0] if pack.layouts[self.name].wide else out[-1:].view(torch.float32)[0]
+
+    def _sweep(
+        self,
+        verb: str,
+        pack: Pack,
+        tensors: list[Tensor],
+        kind: str,
+        out: Tensor | None,
+        *args: Any,
+    ) -> Any:
+        native = load()
+        with _on(pack.device):
+            state = pack.layouts.get(self.name)
+            if state is None:
+                pack.check_rows(tensors)
+                state = pack.layouts[self.name] = _State(pack, tensors)
+            try:
+                return getattr(state.layout, verb)(tensors, *args, state.target(kind, out))
+            except native.StaleLayout as error:
+                raise StaleLayout(str(error)) from None
+            except native.GradientMismatch:
+                raise GradientMismatch from None
+
+
+def _number(x: float | Tensor, pack: Pack) -> float | Tensor:
+    """A number, or one that the kernel reads from device memory."""
+    if not isinstance(x, Tensor):
+        return float(x)
+    if x.device == pack.device and x.dtype in (torch.float32, torch.float64):
+        return x
+    return x.detach().to(pack.device, torch.float64)
+
+
+def _strengths(rules: Sequence[Penalty], pack: Pack) -> list[float | Tensor]:
+    """[rules * max_strengths], 0 where a penalty has no use for one."""
+    width = load().max_strengths
+    return [
+        _number(s, pack)
+        for rule in rules
+        for s in (*rule.strengths, *[0.0] * (width - len(rule.strengths)))
+    ]

@@ -1,0 +1,268 @@
+"""The native CUDA backend without a GPU: its bindings over the kernels' code on the host.
+
+A test module is compiled from cuda/bindings.cpp and a launch that runs the kernels in loops, on CPU
+tensors. Results must be the CPU sweeps' to the bit. Streams, real captures and speed need a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from cases import DTYPES, REGULAR, penalties
+from torch import nn
+
+import pyreg
+from pyreg import dispatch, doctor
+from pyreg.backend import cuda, native
+from pyreg.pack import Packs, label
+
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+
+
+@pytest.fixture(scope="module")
+def on_host(tmp_path_factory):
+    """The test module, compiled."""
+    pytest.importorskip("pyreg._native")
+    pybind11 = pytest.importorskip("pybind11")
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    name = "_cuda_on_host"
+    target = tmp_path_factory.mktemp("cuda") / (name + sysconfig.get_config_var("EXT_SUFFIX"))
+    defines = ("PYREG_LIBM_FMA", f"PYREG_MODULE={name}", "PYREG_DEVICE_TYPE=1")
+    includes = (CSRC, pybind11.get_include(), sysconfig.get_path("include"))
+    command = [
+        *(compiler, "-std=gnu++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-w"),
+        *("-fvisibility=hidden", '-DPYREG_DEVICE_NAME="cpu"'),
+        *(f"-D{d}" for d in defines),
+        *(f"-I{i}" for i in includes),
+        *(CSRC / "cuda/bindings.cpp", CSRC / "tests/launch_on_host.cpp", "-o", target),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    spec = importlib.util.spec_from_file_location(name, target)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def kernels(on_host, monkeypatch):
+    """pyreg's native backend runs the kernels' code on CPU tensors."""
+    monkeypatch.setattr(cuda, "load", lambda: on_host)
+    monkeypatch.setattr(dispatch, "_NATIVE_ON", {"cpu": ("cuda", "CudaBackend")})
+    dispatch.backend.cache_clear()
+    cuda._no_gpu.cache_clear()
+    cuda.unserved.cache_clear()
+    with pyreg.use_backend("native"):
+        yield cuda.CudaBackend()
+    dispatch.backend.cache_clear()
+    cuda._no_gpu.cache_clear()
+    cuda.unserved.cache_clear()
+
+
+def pack_of(tensors, rules, rule_of=None):
+    names = tuple(rule.name for rule in rules)
+    packs = Packs(names, rule_of or [i % len(rules) for i in range(len(tensors))])
+    (pack,) = packs.current(tensors, label)
+    return pack
+
+
+def assert_same_bits(a, b):
+    assert a.dtype == b.dtype
+    assert a.shape == b.shape
+    assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+    assert torch.equal(a.isnan(), b.isnan())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", REGULAR, ids=repr)
+def test_every_sweep_gives_the_bits_of_the_cpu(kernels, case, dtype):
+    """All penalties at once, one for each tensor by turns."""
+    rules = penalties()
+    on_cpu = native.NativeBackend()
+    results = []
+    for backend in (kernels, on_cpu):
+        tensors = [t.detach() for t in case.build(dtype)]
+        tensors = [t if i % 3 else t.requires_grad_() for i, t in enumerate(tensors)]
+        pack = pack_of(tensors, rules)
+        for i, t in enumerate(tensors):
+            if i % 5 != 4:
+                t.grad = torch.full_like(t, 0.25)
+        value, sums = backend.value(pack, tensors, rules)
+        again, present = backend.accumulate(pack, tensors, rules, -0.3)
+        grads = [torch.full_like(t, float("nan")) if i % 4 else None for i, t in enumerate(tensors)]
+        backend.gradient(pack, tensors, grads, rules, 0.7)
+        stats = backend.stats(pack, tensors)
+        versions = [t._version for t in tensors]
+        backend.prox(pack, tensors, rules, 0.1)
+        assert all(t._version > v for t, v in zip(tensors, versions, strict=True))
+        results.append(
+            [value.float(), again.float(), stats]
+            + [torch.as_tensor(sums, dtype=torch.float64), torch.tensor(present)]
+            + [t.detach() for t in tensors]
+            + [t.grad for t in tensors if t.grad is not None]
+            + [g for g in grads if g is not None]
+        )
+    for a, b in zip(*results, strict=True):
+        assert_same_bits(a, b)
+
+
+def net(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 5, 3), nn.Linear(70, 60)).to(dtype)
+
+
+def test_the_differentiable_value(kernels):
+    module, other = net(), net()
+    loss = pyreg.elastic_net(module, 0.3, 0.1)
+    loss.backward()
+    with pyreg.use_backend("torch"):
+        expected = pyreg.elastic_net(other, 0.3, 0.1)
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=34 * 2**-24, atol=0)
+    for p, q in zip(module.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=2**-22, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_strengths_and_scale_are_read_where_they_lie(kernels, dtype):
+    """As tensors of any dtype, changed between calls."""
+    lam, scale = torch.tensor(0.5, dtype=dtype), torch.tensor(2.0, dtype=dtype)
+    module = net()
+    for p in module.parameters():
+        p.grad = torch.zeros_like(p)
+    reg = pyreg.Regularizer(module, pyreg.L1(lam))
+    first = reg.accumulate_(scale)
+    lam.mul_(2)
+    scale.mul_(2)
+    second = reg.accumulate_(scale)
+    assert second == 2 * first
+    for p in module.parameters():
+        torch.testing.assert_close(p.grad, 5 * torch.sign(p.detach()), rtol=0, atol=0)
+
+
+def test_a_strength_elsewhere_is_an_error_of_the_bindings(kernels):
+    tensors = [torch.ones(3)]
+    pack = pack_of(tensors, [pyreg.L1(1.0)])
+    kernels.value(pack, tensors, [pyreg.L1(1.0)])
+    state = pack.layouts["native"]
+    with pytest.raises(ValueError, match="tensor of one element"):
+        state.layout.value(tensors, [torch.ones(2), 0.0], state.target("plain", torch.empty(3)))
+
+
+def test_a_gradient_of_other_strides_is_added_by_torch(kernels):
+    w = torch.randn(5, 3, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
+    w.grad = torch.ones(5, 3, 4, 4)
+    value = pyreg.Regularizer({"w": w}, pyreg.L1(0.5)).accumulate_()
+    torch.testing.assert_close(value, 0.5 * w.detach().abs().sum(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(w.grad, 1 + 0.5 * torch.sign(w.detach()), rtol=0, atol=0)
+    assert w.grad.is_contiguous()
+
+
+def test_what_changed_is_noticed(kernels):
+    module = net()
+    reg = pyreg.Regularizer(module, pyreg.L1(1.0))
+    reg()
+    module[1].weight.data = torch.full((3,), 2.0, dtype=torch.float64)
+    expected = sum(p.detach().double().abs().sum() for p in module.parameters())
+    torch.testing.assert_close(reg().detach(), expected, rtol=1e-6, atol=0)
+
+
+def test_a_gradient_that_cannot_be_one_is_refused_before_anything_is_written(kernels):
+    module = net()
+    for p in module.parameters():
+        p.grad = torch.zeros_like(p)
+    with torch.no_grad():
+        module[1].bias.data = module[1].bias.data.double()
+    with pytest.raises(ValueError, match="has a gradient float32"):
+        pyreg.Regularizer(module, pyreg.L1(1.0)).accumulate_()
+    assert not any(p.grad.any() for p in module.parameters())
+
+
+def test_a_table_is_copied_when_something_changed(kernels, on_host, monkeypatch):
+    """More tensors than fit into a launch, and more rules."""
+    copies = []
+    on = cuda._Table.on
+
+    def counted(self, queue, given):
+        copies.append(isinstance(given, bytes))
+        return on(self, queue, given)
+
+    monkeypatch.setattr(cuda._Table, "on", counted)
+    tensors = [torch.ones(2, requires_grad=True) for _ in range(on_host.max_by_value + 1)]
+    for t in tensors:
+        t.grad = torch.zeros(2)
+    reg = pyreg.Regularizer({str(i): t for i, t in enumerate(tensors)}, pyreg.L1(1.0))
+    assert [reg.accumulate_().item() for _ in range(3)] == [2.0 * len(tensors)] * 3
+    assert copies == [True, False, False]
+    tensors[5].grad = torch.ones(2)
+    reg.accumulate_()
+    assert copies == [True, False, False, True]
+    assert tensors[5].grad.tolist() == [2.0, 2.0]
+    assert tensors[6].grad.tolist() == [4.0, 4.0]
+
+    copies.clear()
+    fewer = tensors[: on_host.max_by_value]
+    assert pyreg.l1(fewer, 1.0).item() == 2.0 * len(fewer)
+    assert copies == []
+    rules = [pyreg.L1(float(i)) for i in range(60)]
+    pack = pack_of(tensors[:60], rules, list(range(60)))
+    assert kernels.value(pack, tensors[:60], rules)[0].item() == 2.0 * sum(range(60))
+    assert copies == [True]
+
+
+def test_a_capture_needs_a_warm_up(kernels, monkeypatch):
+    tensors = [torch.ones(2) for _ in range(1500)]
+    small = tensors[:3]
+    capturing = cuda._Queue(None, True)
+    rules = [pyreg.L1(1.0)]
+    pack, small_pack = pack_of(tensors, rules), pack_of(small, rules)
+    with monkeypatch.context() as during:
+        during.setattr(cuda, "_current", lambda device: capturing)
+        with pytest.raises(RuntimeError, match="no scratch memory yet: run this sweep once"):
+            kernels.value(small_pack, small, rules)
+    kernels.value(small_pack, small, rules)
+    kernels.value(pack, tensors, rules)
+    with monkeypatch.context() as during:
+        during.setattr(cuda, "_current", lambda device: capturing)
+        assert kernels.value(small_pack, small, rules)[0] == 6
+        assert kernels.value(pack, tensors, rules)[0] == 3000
+        tensors[0] = torch.zeros(2)
+        with pytest.raises(RuntimeError, match="a tensor or a strength that is a number has chang"):
+            kernels.value(pack, tensors, rules)
+    table = pack.layouts["native"]._tables["plain"]
+    assert len(table._captured) == 1  # kept for the graph
+
+
+def test_streams_have_scratch_of_their_own(kernels, monkeypatch):
+    tensors, rules = [torch.ones(2)], [pyreg.L1(1.0)]
+    pack = pack_of(tensors, rules)
+
+    class Stream:
+        def __init__(self, handle):
+            self.cuda_stream = handle
+
+    for handle in (1, 2, 1):
+        queue = cuda._Queue(Stream(handle), False)
+        monkeypatch.setattr(cuda, "_current", lambda device, queue=queue: queue)
+        assert kernels.value(pack, tensors, rules)[0] == 2
+    assert {key for key, _ in pack.layouts["native"]._scratch} == {1, 2, -1}
+
+
+def test_an_architecture_that_is_not_inside_is_refused(kernels, on_host, monkeypatch):
+    monkeypatch.setattr(on_host, "unserved", lambda index: "no kernel image is available")
+    with pytest.raises(pyreg.BackendError, match="no kernel image is available"):
+        pyreg.l1([torch.ones(3)], 1.0)
+
+
+def test_why_cuda_is_off(monkeypatch):
+    monkeypatch.setattr(cuda, "load", lambda: "built without CUDA (test)")
+    assert cuda.CudaBackend().missing() == "built without CUDA (test)"
+    assert "native CUDA sweeps: off, built without CUDA (test)" in doctor.diagnose()
