@@ -30,7 +30,7 @@ class Sweeps:
         self.rule_of = rule_of or [0] * len(tensors)
         names = tuple(rule.name for rule in rules)
         (self.pack,) = pack.build(tensors, pack.label, self.rule_of, names)
-        self.backend = backend_by_name(backend)
+        self.backend = backend_by_name(backend, self.pack.device.type)
         assert self.backend.refuses(self.pack, by_name=True) is None
 
     def value(self) -> float:
@@ -105,7 +105,7 @@ class Place:
         """Why this backend cannot sweep tensors of this device here, or None."""
         if self.device == "cuda" and not torch.cuda.is_available():
             return "no GPU (torch.cuda.is_available() is False)"
-        backend = backend_by_name(self.backend)
+        backend = backend_by_name(self.backend, self.device)
         if (why := backend.missing()) is not None:
             return why
         (sample,) = pack.build([torch.ones(1, device=self.device)], pack.label, [0], ("l1",))

@@ -34,6 +34,8 @@ except ImportError as error:
     print(error)
 for i in range(torch.cuda.device_count()):
     print(torch.cuda.get_device_properties(i))
+major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+print(f"{major}{minor}")
 """
 SERVING = """
 import pyreg
@@ -135,7 +137,7 @@ class Check:
         return 1 if any(step.result == "failed" for step in self.steps) else 0
 
 
-def install(check: Check, wheels: Path | None, work: Path) -> None:
+def install(check: Check, wheels: Path | None, work: Path, architecture: str) -> None:
     """pyreg and what it is tested with, in folders that come first on the path."""
     packages, site = work / "packages", work / "site"
     pip = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--quiet"]
@@ -146,7 +148,10 @@ def install(check: Check, wheels: Path | None, work: Path) -> None:
     else:
         missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
         check.skip("wheels", f"none given; missing: {', '.join(missing) or 'nothing'}")
-    check.environment.setdefault("PYREG_BUILD", "cpu")  # not auto: it is to fail here
+    # Not auto: it is to fail here. And for this device alone, which takes seconds.
+    nvcc = shutil.which("nvcc", path=check.environment["PATH"])
+    check.environment.setdefault("PYREG_BUILD", "cuda" if nvcc else "cpu")
+    check.environment.setdefault("PYREG_CUDA_ARCHS", architecture)
     # Not into build/ here, where modules of another day would be packed up with these.
     (work / "build.cfg").write_text(f"[build]\nbuild_base = {work / 'build'}\n")
     check.environment["DIST_EXTRA_CONFIG"] = str(work / "build.cfg")
@@ -174,12 +179,12 @@ def steps(check: Check, wheels: Path | None, commit: str, work: Path) -> None:
         check.skip("nvidia-smi", "is not on the path")
     else:
         check.run("nvidia-smi", 20, [smi])
-    check.run("versions", 60, [*python, "-c", VERSIONS])
+    architecture = check.run("versions", 60, [*python, "-c", VERSIONS])
     if (ROOT / ".git").exists() and shutil.which("git"):
         check.run("commit", 10, ["git", "log", "-1", "--oneline"], ["git", "status", "--short"])
     else:
         check.skip("commit", commit or "no checkout here")
-    install(check, wheels, work)
+    install(check, wheels, work, architecture)
     check.run("backends", 60, [*python, "-c", SERVING])
     # Triton compiles a kernel on one core and keeps it on disk: here on all of them.
     parts = 13 if check.dry else min(13, os.cpu_count() or 1)
@@ -197,8 +202,8 @@ def steps(check: Check, wheels: Path | None, commit: str, work: Path) -> None:
         step.result, step.reason = ("passed" if "passed" in summary else "failed"), summary
     figures = [*python, "-m", "bench.gpu.figures", "--out", str(check.out), "--seconds", "100"]
     check.run("figures", 120, [*figures, "--commit", commit, *dry])
-    sanitize(check, "memcheck", python)
-    sanitize(check, "racecheck", python)
+    for tool in ("memcheck", "racecheck", "initcheck"):
+        sanitize(check, tool, python)
 
 
 def main() -> int:

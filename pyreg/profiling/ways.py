@@ -159,8 +159,9 @@ def _make_limits() -> list[Way]:
 def serving(device: torch.device | str) -> list[str]:
     """The backends that sweep tensors of this device, asked for by name; torch's is not counted."""
     (sample,) = pack.build([torch.ones(1, device=device)], pack.label, [0], ("l1",))
-    chosen = (dispatch.backend(status.name) for status in dispatch.backends() if status.available)
-    return [b.name for b in chosen if b.name != "torch" and not b.refuses(sample, by_name=True)]
+    names = (status.name for status in dispatch.backends() if status.name != "torch")
+    found = [dispatch.backend(name, sample.device.type) for name in names]
+    return [b.name for b in found if not b.missing() and not b.refuses(sample, by_name=True)]
 
 
 def on_backend(way: Way, name: str) -> Way:
