@@ -274,12 +274,6 @@ PYBIND11_MODULE(_native, m) {
   m.def("instruction_set", &pyreg::cpu::instruction_set);
   m.def("instruction_sets", &pyreg::cpu::instruction_sets);
   m.def("use_instruction_set", &pyreg::cpu::use_instruction_set, py::arg("name"));
-  m.def(
-      "use_huge_pages",
-      [](uintptr_t memory, size_t bytes) {
-        pyreg::use_huge_pages(reinterpret_cast<void*>(memory), bytes);
-      },
-      py::arg("memory"), py::arg("bytes"));
   m.def("has_openmp", &pyreg::cpu::has_openmp);
   m.def("has_exchange_api", &pyreg::TensorReader::has_exchange_api);
   m.def("use_exchange_api", &pyreg::TensorReader::use_exchange_api, py::arg("yes"));

@@ -47,10 +47,6 @@ void stats(const Table& table, const void* const* w, Stats* stats, int threads);
 
 }  // namespace cpu
 
-// Asks the system to back this fresh memory with huge pages, where it knows how (Linux): the first
-// write to a large buffer otherwise spends as long in page faults as in writing.
-void use_huge_pages(void* memory, size_t bytes);
-
 // The value from an earlier sweep's sums.
 double value_from_sums(const Table& table, const double* sums, const double* strengths);
 

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from operator import attrgetter
+from functools import cache
+from itertools import repeat
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -81,8 +83,15 @@ def _native_value(
                 rules = rules_of(pack.penalties, strengths.detach())
             # Function.apply would first look for functorch's dead wrappers, tensor by tensor.
             apply = super(torch.autograd.Function, _Value).apply
-            return apply(_Call(backend, pack, rules, label), strengths, *rows)
+            leaf = _everywhere() if pack.device.type == "cpu" else None
+            return apply(_Call(backend, pack, rules, label), strengths, leaf, *rows)
     return backend.value(pack, rows, rules)[0]
+
+
+@cache
+def _everywhere() -> Tensor:
+    """A leaf that `backward()` reaches and that no `inputs=` can name."""
+    return torch.zeros((), device="cpu", requires_grad=True)
 
 
 class _Call:
@@ -96,14 +105,19 @@ class _Call:
 
 
 class _Value(torch.autograd.Function):
-    """Omega of one pack. (call, strengths [rules, *] or None, *rows) -> 0-dim float64."""
+    """Omega of one pack. (call, strengths [rules, *] or None, a leaf, *rows) -> 0-dim float64.
+
+    The leaf is `_everywhere()` on the CPU, else None.
+    """
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, strengths: Tensor | None, *rows: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, call: _Call, strengths: Tensor | None, leaf: Tensor | None, *rows: Tensor
+    ) -> Tensor:
         value, sums = call.backend.value(call.pack, list(rows), call.rules)
         ctx.call, ctx.sums = call, sums
         ctx.rows = rows
-        ctx.wanted = ctx.needs_input_grad[2:]
+        ctx.wanted = ctx.needs_input_grad[3:]
         # Saving thousands of tensors costs milliseconds. Autograd keeps one, which answers for the
         # graph being freed; the rest are held here, and their versions compared in backward.
         anchor = next((t for t, wanted in zip(rows, ctx.wanted, strict=True) if wanted), None)
@@ -122,12 +136,13 @@ class _Value(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
             if strengths is not None and (now := list(map(_version, rows))) != ctx.all_versions:
                 raise RuntimeError(_modified(call, now, ctx.all_versions))
-            return (None, *_differentiable_gradient(ctx, grad_output, strengths, rows))
+            grad_strengths, *grads = _differentiable_gradient(ctx, grad_output, strengths, rows)
+            return None, grad_strengths, None, *grads
         try:
             if not any(wanted) or _added(ctx, rows, grad_output):
                 grads = [None] * len(rows)
             else:
-                grads = call.pack.flat_gradient(call.backend.new_buffer)
+                grads = call.pack.flat_gradient()
                 if not all(wanted):
                     grads = [g if w else None for g, w in zip(grads, wanted, strict=True)]
                 call.backend.gradient(call.pack, rows, grads, call.rules, grad_output)
@@ -137,7 +152,7 @@ class _Value(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             sums = torch.as_tensor(ctx.sums, dtype=torch.float64, device=strengths.device)
             grad_strengths = grad_output * sums[:, : strengths.shape[1]]
-        return None, grad_strengths, *grads
+        return None, grad_strengths, None, *grads
 
 
 def _added(ctx: Any, rows: list[Tensor], grad_output: Tensor) -> bool:
@@ -151,18 +166,18 @@ def _added(ctx: Any, rows: list[Tensor], grad_output: Tensor) -> bool:
     call = ctx.call
     if call.pack.device.type != "cpu" or len(_threads) > 1 or not all(ctx.wanted):
         return False
-    nodes = [node for node, _ in ctx.next_functions[-len(rows) :]]
+    everywhere, *nodes = [node for node, _ in ctx.next_functions[-len(rows) - 1 :]]
     if set(map(type, nodes)) != {torch._C._functions.AccumulateGrad} or len(set(nodes)) < len(rows):
         return False
-    if any(map(_tensor_hooks, rows)) or any(map(_gradient_hooks, rows)):
-        return False
     try:
-        if not all(map(torch._C._will_engine_execute_node, nodes)):
+        if not torch._C._will_engine_execute_node(everywhere):
             return False
     except RuntimeError:  # in torch.autograd.grad
         return False
+    if any(map(_tensor_hooks, rows)) or any(map(_gradient_hooks, rows)):
+        return False
     grads = list(map(_grad, rows))
-    if any(grad is None for grad in grads):
+    if any(map(is_, grads, repeat(None))):
         return False
     try:
         call.backend.accumulate(call.pack, rows, call.rules, grad_output)

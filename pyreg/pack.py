@@ -193,19 +193,13 @@ class Pack:
             size += -(-shape.numel() * dtype.itemsize // 64) * 64
         return size, places
 
-    def new_buffer(self, size: int) -> Tensor:
-        """So many bytes on the pack's device."""
-        return torch.empty(size, dtype=torch.uint8, device=self.device)
-
-    def flat_gradient(
-        self, new_buffer: Callable[[Pack, int], Tensor] | None = None
-    ) -> list[Tensor]:
+    def flat_gradient(self) -> list[Tensor]:
         """A tensor per row, uninitialized, with the row's shape and strides: views of one buffer.
 
-        Each begins at a multiple of 64 bytes. `new_buffer(pack, bytes)` makes the buffer.
+        Each begins at a multiple of 64 bytes.
         """
         size, places = self._places
-        buffer = (new_buffer or Pack.new_buffer)(self, size)
+        buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
         view = {dtype: buffer.view(dtype).as_strided for dtype in {place[0] for place in places}}
         return [view[dtype](shape, strides, at) for dtype, shape, strides, at in places]
 

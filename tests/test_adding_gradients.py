@@ -29,9 +29,9 @@ def buffers(native, monkeypatch) -> list[int]:
     made = []
     flat_gradient = Pack.flat_gradient
 
-    def counted(pack, new_buffer=None):
+    def counted(pack):
         made.append(len(pack.rows))
-        return flat_gradient(pack, new_buffer)
+        return flat_gradient(pack)
 
     monkeypatch.setattr(Pack, "flat_gradient", counted)
     monkeypatch.setattr(autograd, "_threads", set())

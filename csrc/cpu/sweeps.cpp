@@ -12,9 +12,6 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace pyreg::cpu {
 
@@ -247,18 +244,6 @@ void stats(const Table& table, const void* const* w, Stats* stats, int threads) 
 }  // namespace pyreg::cpu
 
 namespace pyreg {
-
-void use_huge_pages(void* memory, size_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kHugePage = 2 << 20;
-  const auto begin = reinterpret_cast<uintptr_t>(memory);
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t last = (begin + bytes) / kHugePage * kHugePage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)memory, (void)bytes;
-#endif
-}
 
 double value_from_sums(const Table& table, const double* sums, const double* strengths) {
   using Value = double (*)(const double*, const double*);

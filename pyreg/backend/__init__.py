@@ -11,7 +11,6 @@ A backend has
 
   - `value(pack, tensors, rules) -> (value, sums)`: 0-dim float64, or float32 where no tensor is
     float64; [rules, strengths] derivatives by the strengths (whatever `torch.as_tensor` takes);
-  - `new_buffer(pack, bytes) -> Tensor`: memory for a gradient that is about to be written;
   - `gradient(pack, tensors, grads, rules, scale)`: grads[i] = scale * gradient, None left out;
   - `accumulate(pack, tensors, rules, scale) -> (value, present)`: .grad += scale * gradient where
     there is one; how many there were;

@@ -77,11 +77,6 @@ class NativeBackend:
     def check(self, pack: Pack, tensors: list[Tensor]) -> None:
         pack.check_rows(tensors)
 
-    def new_buffer(self, pack: Pack, size: int) -> Tensor:
-        buffer = pack.new_buffer(size)
-        load().use_huge_pages(buffer.data_ptr(), size)
-        return buffer
-
     def value(
         self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty]
     ) -> tuple[Tensor, list[list[float]]]:

@@ -83,9 +83,6 @@ class TritonBackend:
     def check(self, pack: Pack, tensors: Sequence[Tensor]) -> None:
         pack.check_rows(tensors)
 
-    def new_buffer(self, pack: Pack, size: int) -> Tensor:
-        return pack.new_buffer(size)
-
     def value(
         self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty]
     ) -> tuple[Tensor, Tensor]:
