@@ -22,7 +22,7 @@ def arguments() -> argparse.Namespace:
     ways = [name for name in WAYS if name not in LIMITS]
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("name", nargs="?", default="cpu", help="of the record (default: cpu)")
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(targets.JUDGED))
     parser.add_argument("--ways", nargs="+", choices=ways, default=ways, metavar="WAY",
                         help=f"of: {', '.join(ways)}")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=31, help="samples per way")

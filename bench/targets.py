@@ -13,6 +13,7 @@ from .builds import Comparison
 
 BOTH = "elastic_net"  # L1 and L2 together
 MIB = 1 << 20
+JUDGED = ("gpt2", "gpt2-bf16", "many")  # workloads
 
 
 @dataclass(frozen=True)
