@@ -1,9 +1,7 @@
 // The Python module pyreg._cuda: a Layout of tensors on one GPU, and the sweeps over it.
 //
-// As in csrc/bindings.cpp, a Layout records what the tensors were, never where: every call shows
-// them again, and one that changed raises StaleLayout before anything is launched. Memory for
-// results, scratch and tables is the caller's (torch allocates it, so that it obeys streams and
-// graphs); so is the stream. Nothing here waits for the device.
+// Memory for results, scratch and tables is the caller's (torch allocates it, so that it obeys
+// streams and graphs); so is the stream. Nothing here waits for the device.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -11,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "../tensor_view.h"
+#include "../look.h"
 #include "launch.h"
 #include "layout.h"
 
@@ -25,29 +23,6 @@ namespace py = pybind11;
 
 namespace pyreg::cuda {
 namespace {
-
-struct StaleLayout : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
-
-// A gradient that cannot be its tensor's: another shape, dtype or device, expanded, without memory.
-struct GradientMismatch : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
-
-const std::vector<std::string>& penalty_names() {
-#define PYREG_NAME(P) P::name,
-  static const std::vector<std::string> names = {PYREG_PENALTIES(PYREG_NAME)};
-#undef PYREG_NAME
-  return names;
-}
-
-int penalty_index(const std::string& name) {
-  const auto& names = penalty_names();
-  const auto found = std::find(names.begin(), names.end(), name);
-  if (found == names.end()) throw py::value_error("no native kernel for penalty '" + name + "'");
-  return static_cast<int>(found - names.begin());
-}
 
 // Where a launch goes and what memory it has. `table` is called only when the tensors do not fit
 // into the launch: with bytes, which it copies to the device on the launch's stream; or with the
@@ -63,23 +38,10 @@ class Layout {
  public:
   Layout(const py::list& tensors, const std::vector<int>& rule_of,
          const std::vector<std::string>& penalties, int device)
-      : device_(device) {
-    if (rule_of.size() != py::len(tensors)) throw py::value_error("one rule per tensor");
-    std::vector<int> indices;
-    for (const std::string& name : penalties) indices.push_back(penalty_index(name));
-    TensorReader reader;
-    std::vector<Row> rows;
-    for (size_t i = 0; i < rule_of.size(); ++i) {
-      const TensorView view = reader.read(PyList_GET_ITEM(tensors.ptr(), i));
-      if (!is_here(view) || !view.dtype)
-        throw py::value_error("row " + std::to_string(i) + ": not a tensor of a swept dtype here");
-      recorded_.push_back({*view.dtype, view.ndim, geometry_.size()});
-      geometry_.insert(geometry_.end(), view.shape, view.shape + view.ndim);
-      geometry_.insert(geometry_.end(), view.strides, view.strides + view.ndim);
-      rows.push_back({view.numel(), *view.dtype, rule_of[i]});
-    }
-    plans_.emplace_back(rows, indices, true);
-    plans_.emplace_back(rows, indices, false);
+      : device_(device), look_(tensors, rule_of, PYREG_DEVICE_TYPE, device) {
+    const std::vector<int> indices = penalty_indices(penalties);
+    plans_.emplace_back(look_.rows(), indices, true);
+    plans_.emplace_back(look_.rows(), indices, false);
   }
 
   bool by_value() const { return plans_[0].by_value(); }
@@ -92,131 +54,50 @@ class Layout {
 
   void value(const py::list& tensors, const py::list& strengths, const Target& target) {
     TensorReader reader;
-    run(Sweep::kValue, show(tensors, reader), nullptr, strengths, {}, target, reader);
+    run(Sweep::kValue, look_.tensors(tensors, reader), nullptr, strengths, {}, target, reader);
   }
 
-  // grads[i] is a tensor like tensors[i], or None to leave the row out.
   void gradient(const py::list& tensors, const py::list& grads, const py::list& strengths,
                 const py::object& scale, const Target& target) {
-    if (py::len(grads) != py::len(tensors)) throw py::value_error("one gradient per tensor");
     TensorReader reader;
-    Pointers w, g;
-    std::vector<int64_t> others;
-    for (size_t i = 0; i < recorded_.size(); ++i) {
-      const TensorView view = show(tensors, i, reader);
-      w.push_back(view.data);
-      g.push_back(show_gradient(view, PyList_GET_ITEM(grads.ptr(), i), i, reader, others));
-    }
-    if (!others.empty()) throw py::value_error("a gradient has other strides than its tensor");
-    run(Sweep::kGradient, w, &g, strengths, scale, target, reader);
+    const Shown shown = look_.with_gradients(tensors, grads, reader);
+    if (!shown.others.empty())
+      throw py::value_error("a gradient has other strides than its tensor");
+    run(Sweep::kGradient, shown.w, &shown.g, strengths, scale, target, reader);
   }
 
-  // Adds to each tensor's .grad. Returns how many there are, and the rows whose gradient has other
-  // strides than its tensor: those count in the value, and the caller adds their gradient.
+  // Adds to each tensor's .grad. Returns how many there are, and the rows left to the caller, which
+  // are counted in the value.
   py::tuple accumulate(const py::list& tensors, const py::list& strengths, const py::object& scale,
                        const Target& target) {
-    static PyObject* const kGrad = PyUnicode_InternFromString("grad");
     TensorReader reader;
-    Pointers w, g;
-    w.reserve(recorded_.size());
-    g.reserve(recorded_.size());
-    std::vector<int64_t> others;
-    int64_t present = 0;
-    check_number(tensors);
-    for (size_t i = 0; i < recorded_.size(); ++i) {
-      const TensorView view = show(tensors, i, reader);
-      const auto grad = py::reinterpret_steal<py::object>(
-          PyObject_GetAttr(PyList_GET_ITEM(tensors.ptr(), i), kGrad));
-      if (!grad) throw py::error_already_set();
-      w.push_back(view.data);
-      g.push_back(show_gradient(view, grad.ptr(), i, reader, others));
-      present += !grad.is_none();
-    }
-    run(Sweep::kAccumulate, w, &g, strengths, scale, target, reader);
-    return py::make_tuple(present, others);
+    const Shown shown = look_.with_own_gradients(tensors, reader);
+    run(Sweep::kAccumulate, shown.w, &shown.g, strengths, scale, target, reader);
+    return py::make_tuple(shown.present, shown.others);
   }
 
-  void prox(const py::list& tensors, const py::list& strengths, const py::object& step,
-            const Target& target) {
+  // Returns the rows left to the caller: those that share memory with another row.
+  std::vector<int64_t> prox(const py::list& tensors, const py::list& strengths,
+                            const py::object& step, const Target& target) {
     TensorReader reader;
-    run(Sweep::kProx, show(tensors, reader), nullptr, strengths, step, target, reader);
+    std::vector<int64_t> others;
+    const Pointers w = look_.separate_tensors(tensors, reader, others);
+    run(Sweep::kProx, w, nullptr, strengths, step, target, reader);
+    return others;
   }
 
   void stats(const py::list& tensors, const Target& target) {
     TensorReader reader;
-    run(Sweep::kStats, show(tensors, reader), nullptr, py::list(), {}, target, reader);
+    run(Sweep::kStats, look_.tensors(tensors, reader), nullptr, py::list(), {}, target, reader);
   }
 
  private:
-  using Pointers = std::vector<void*>;
-
-  // What a row must still be. Sizes and strides lie in geometry_: [shape..., strides...].
-  struct Recorded {
-    DType dtype;
-    int ndim;
-    size_t geometry;
-  };
-
-  bool is_here(const TensorView& view) const {
-    return view.device_type == PYREG_DEVICE_TYPE && view.device_index == device_;
-  }
-
-  void check_number(const py::list& tensors) const {
-    if (py::len(tensors) != recorded_.size()) throw StaleLayout("the number of tensors changed");
-  }
-
-  TensorView show(const py::list& tensors, size_t i, TensorReader& reader) const {
-    check_number(tensors);
-    PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), i);
-    const TensorView view = reader.read(tensor);
-    const Recorded& was = recorded_[i];
-    const int64_t* geometry = geometry_.data() + was.geometry;
-    const bool same = is_here(view) && view.dtype == was.dtype && view.ndim == was.ndim &&
-                      std::equal(view.shape, view.shape + view.ndim, geometry) &&
-                      std::equal(view.strides, view.strides + view.ndim, geometry + was.ndim) &&
-                      has_memory(view, tensor);
-    if (!same) throw StaleLayout("row " + std::to_string(i) + " changed");
-    return view;
-  }
-
-  Pointers show(const py::list& tensors, TensorReader& reader) const {
-    check_number(tensors);
-    Pointers pointers;
-    pointers.reserve(recorded_.size());
-    for (size_t i = 0; i < recorded_.size(); ++i) pointers.push_back(show(tensors, i, reader).data);
-    return pointers;
-  }
-
-  // As in csrc/bindings.cpp: a view into a freed storage points at its own offset.
-  static bool has_memory(const TensorView& view, PyObject* tensor) {
-    constexpr uintptr_t kPlausible = uintptr_t{1} << 40;
-    if (reinterpret_cast<uintptr_t>(view.data) >= kPlausible || view.numel() == 0) return true;
-    return py::handle(tensor).attr("untyped_storage")().attr("data_ptr")().cast<uintptr_t>() != 0;
-  }
-
-  void* show_gradient(const TensorView& tensor, PyObject* grad, size_t i, TensorReader& reader,
-                      std::vector<int64_t>& others) const {
-    if (grad == Py_None) return nullptr;
-    TensorView view;
-    try {
-      view = reader.read(grad);
-    } catch (py::error_already_set&) {  // sparse, say
-      throw GradientMismatch(std::to_string(i));
-    }
-    if (!is_here(view) || view.dtype != tensor.dtype || !view.same_shape(tensor) ||
-        view.expanded() || !has_memory(view, grad))
-      throw GradientMismatch(std::to_string(i));
-    if (view.same_strides(tensor)) return view.data;
-    others.push_back(static_cast<int64_t>(i));
-    return nullptr;
-  }
-
   // A float, or a tensor of one float32 or float64 on this device.
   Number number(py::handle x, TensorReader& reader) const {
     if (!x || x.is_none()) return Number::of(0);
     if (PyFloat_Check(x.ptr()) || PyLong_Check(x.ptr())) return Number::of(x.cast<double>());
     const TensorView view = reader.read(x.ptr());
-    if (!is_here(view) || view.numel() != 1 ||
+    if (!look_.is_here(view) || view.numel() != 1 ||
         (view.dtype != DType::kFloat32 && view.dtype != DType::kFloat64))
       throw py::value_error(
           "expected a strength, scale or step as a float, or as a float32 or "
@@ -268,8 +149,7 @@ class Layout {
   }
 
   int device_;
-  std::vector<Recorded> recorded_;
-  std::vector<int64_t> geometry_;
+  Look look_;
   std::vector<Plan> plans_;  // by rule; by row, for `stats`
   KnownTable tables_[3];     // without gradients, with them, `stats`
 };
@@ -284,11 +164,11 @@ PYBIND11_MODULE(PYREG_MODULE, m) {
   m.attr("max_sums") = pyreg::kMaxSums;
   m.attr("max_by_value") = kEntries - 1;
   m.attr("device_type") = PYREG_DEVICE_NAME;
-  m.attr("penalties") = py::tuple(py::cast(penalty_names()));
+  m.attr("penalties") = py::tuple(py::cast(pyreg::penalty_names()));
   m.attr("built_with") = built_with();
   m.attr("architectures") = architectures();
-  py::register_exception<StaleLayout>(m, "StaleLayout", PyExc_RuntimeError);
-  py::register_exception<GradientMismatch>(m, "GradientMismatch", PyExc_RuntimeError);
+  py::register_local_exception<pyreg::StaleLayout>(m, "StaleLayout", PyExc_RuntimeError);
+  py::register_local_exception<pyreg::GradientMismatch>(m, "GradientMismatch", PyExc_RuntimeError);
   m.def("driver_serves", &driver_serves);
   m.def("unserved", &unserved, py::arg("device"));
   py::class_<Target>(m, "Target")

@@ -105,6 +105,7 @@ PYREG_DEVICE void visit_chunks(Executor& run, const Parameter& p, Shared<S>& sha
     while (chunk >= next) next = p.first_chunk(++row + 1);
     const Entry entry = p.entry(row);
     if (S == Sweep::kGradient && entry.g == nullptr) continue;
+    if (S == Sweep::kProx && entry.w == nullptr) continue;
     const Place place = place_of(p, entry, next, chunk);
     if constexpr (kHasTotals<S>) {
       typename Shared<S>::Warp* keep = &shared.warps[warp];

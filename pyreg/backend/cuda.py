@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..pack import GradientMismatch, Pack, StaleLayout
 from ..penalties import Penalty
-from .torch import add_gradient
+from .torch import add_gradient, apply_prox
 
 
 @cache
@@ -220,7 +220,9 @@ class CudaBackend:
         self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty], step: float | Tensor
     ) -> None:
         strengths = _strengths(rules, pack)
-        self._sweep("prox", pack, tensors, "plain", None, strengths, _number(step, pack))
+        others = self._sweep("prox", pack, tensors, "plain", None, strengths, _number(step, pack))
+        for i in others:
+            apply_prox(rules[pack.rule_of[i]], tensors[i], step)
         torch.autograd.graph.increment_version(tensors)
 
     def stats(self, pack: Pack, tensors: list[Tensor]) -> Tensor:

@@ -1,0 +1,228 @@
+// A look at every tensor of a layout at every call: what it must still be, and where it is now.
+//
+// A layout records what the tensors were (dtype, shape, strides, device) when it was made; where
+// they were it only compares, to notice what moved. A pointer is used only in the call that brought
+// it. Shared by the Python modules _native and _cuda.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <vector>
+
+#include "penalties.h"
+#include "places.h"
+#include "tensor_view.h"
+
+namespace pyreg {
+
+// A tensor is no longer what the layout recorded.
+struct StaleLayout : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// A gradient that cannot be its tensor's: another shape, dtype or device, expanded, without memory.
+struct GradientMismatch : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+inline const std::vector<std::string>& penalty_names() {
+#define PYREG_NAME(P) P::name,
+  static const std::vector<std::string> names = {PYREG_PENALTIES(PYREG_NAME)};
+#undef PYREG_NAME
+  return names;
+}
+
+// Places in PYREG_PENALTIES.
+inline std::vector<int> penalty_indices(const std::vector<std::string>& penalties) {
+  const auto& names = penalty_names();
+  std::vector<int> indices;
+  for (const std::string& name : penalties) {
+    const auto found = std::find(names.begin(), names.end(), name);
+    if (found == names.end())
+      throw pybind11::value_error("no native kernel for penalty '" + name + "'");
+    indices.push_back(static_cast<int>(found - names.begin()));
+  }
+  return indices;
+}
+
+using Pointers = std::vector<void*>;
+
+// The tensors and gradients of one call.
+struct Shown {
+  Pointers w, g;
+  int64_t present = 0;          // gradients that exist
+  std::vector<int64_t> others;  // rows whose gradient the caller must see to; null in g
+};
+
+class Look {
+ public:
+  // The tensors of one device, and each one's rule.
+  Look(const pybind11::list& tensors, const std::vector<int>& rule_of, int device_type,
+       int device_index)
+      : device_type_(device_type),
+        device_index_(device_index),
+        weights_(rule_of.size()),
+        gradients_(rule_of.size()) {
+    if (rule_of.size() != pybind11::len(tensors))
+      throw pybind11::value_error("one rule per tensor");
+    TensorReader reader;
+    for (size_t i = 0; i < rule_of.size(); ++i) {
+      const TensorView view = reader.read(PyList_GET_ITEM(tensors.ptr(), i));
+      if (!is_here(view) || !view.dtype)
+        throw pybind11::value_error("row " + std::to_string(i) +
+                                    ": not a tensor of a swept dtype on this device");
+      recorded_.push_back({*view.dtype, view.ndim, geometry_.size()});
+      geometry_.insert(geometry_.end(), view.shape, view.shape + view.ndim);
+      geometry_.insert(geometry_.end(), view.strides, view.strides + view.ndim);
+      rows_.push_back({view.numel(), *view.dtype, rule_of[i]});
+      bytes_.push_back(view.numel() * item_size(*view.dtype));
+    }
+  }
+
+  const std::vector<Row>& rows() const { return rows_; }
+
+  bool is_here(const TensorView& view) const {
+    return view.device_type == device_type_ && view.device_index == device_index_;
+  }
+
+  Pointers tensors(const pybind11::list& tensors, TensorReader& reader) {
+    check_number(tensors);
+    Pointers pointers;
+    pointers.reserve(rows_.size());
+    for (size_t i = 0; i < rows_.size(); ++i) pointers.push_back(look(tensors, i, reader).data);
+    return pointers;
+  }
+
+  // The tensors, but for those that share memory with another row: null, and listed in `others`.
+  // What writes them does so in turn.
+  Pointers separate_tensors(const pybind11::list& given, TensorReader& reader,
+                            std::vector<int64_t>& others) {
+    Pointers pointers = tensors(given, reader);
+    others = weights_.overlapping(bytes_);
+    for (int64_t i : others) pointers[i] = nullptr;
+    return pointers;
+  }
+
+  // grads[i] is a tensor like tensors[i], or None to leave the row out.
+  Shown with_gradients(const pybind11::list& tensors, const pybind11::list& grads,
+                       TensorReader& reader) {
+    if (pybind11::len(grads) != pybind11::len(tensors))
+      throw pybind11::value_error("one gradient per tensor");
+    return show(tensors, reader, [&](size_t i) {
+      return pybind11::reinterpret_borrow<pybind11::object>(PyList_GET_ITEM(grads.ptr(), i));
+    });
+  }
+
+  // Each tensor's .grad. `others` are those with other strides than the tensor, and those that
+  // share memory with another row's.
+  Shown with_own_gradients(const pybind11::list& tensors, TensorReader& reader) {
+    static PyObject* const kGrad = PyUnicode_InternFromString("grad");
+    Shown shown = show(tensors, reader, [&](size_t i) {
+      PyObject* const grad = PyObject_GetAttr(PyList_GET_ITEM(tensors.ptr(), i), kGrad);
+      if (grad == nullptr) throw pybind11::error_already_set();
+      return pybind11::reinterpret_steal<pybind11::object>(grad);
+    });
+    for (int64_t i : gradients_.overlapping(bytes_)) {
+      if (shown.g[i] != nullptr) shown.others.push_back(i);
+      shown.g[i] = nullptr;
+    }
+    return shown;
+  }
+
+ private:
+  // What a row must still be. Sizes and strides lie in geometry_: [shape..., strides...].
+  struct Recorded {
+    DType dtype;
+    int ndim;
+    size_t geometry;
+  };
+
+  // How many rows ahead of the look a tensor's record is fetched.
+  static constexpr size_t kAhead = 8;
+
+  void check_number(const pybind11::list& tensors) const {
+    if (PyList_GET_SIZE(tensors.ptr()) != static_cast<Py_ssize_t>(rows_.size()))
+      throw StaleLayout("the number of tensors changed");
+  }
+
+  template <class Gradient>
+  Shown show(const pybind11::list& tensors, TensorReader& reader, const Gradient& gradient) {
+    check_number(tensors);
+    Shown shown;
+    shown.w.reserve(rows_.size());
+    shown.g.reserve(rows_.size());
+    for (size_t i = 0; i < rows_.size(); ++i) {
+      gradients_.prefetch(i + kAhead);
+      const TensorView view = look(tensors, i, reader);
+      const pybind11::object grad = gradient(i);
+      shown.w.push_back(view.data);
+      shown.g.push_back(look_at_gradient(view, grad.ptr(), i, reader, shown.others));
+      shown.present += !grad.is_none();
+    }
+    return shown;
+  }
+
+  TensorView look(const pybind11::list& tensors, size_t i, TensorReader& reader) {
+    weights_.prefetch(i + kAhead);
+    PyObject* const tensor = PyList_GET_ITEM(tensors.ptr(), i);
+    const TensorView view = reader.read(tensor);
+    const Recorded& was = recorded_[i];
+    const int64_t* geometry = geometry_.data() + was.geometry;
+    const bool same = is_here(view) && view.dtype == was.dtype && view.ndim == was.ndim &&
+                      std::equal(view.shape, view.shape + view.ndim, geometry) &&
+                      std::equal(view.strides, view.strides + view.ndim, geometry + was.ndim) &&
+                      in_memory(view, tensor, i, weights_);
+    if (!same) throw StaleLayout("row " + std::to_string(i) + " changed");
+    return view;
+  }
+
+  // The gradient's address; null for None and for one with other strides than its tensor.
+  void* look_at_gradient(const TensorView& tensor, PyObject* grad, size_t i, TensorReader& reader,
+                         std::vector<int64_t>& others) {
+    if (grad == Py_None) {
+      if (!gradients_.at(i, nullptr)) gradients_.note(i, nullptr);
+      return nullptr;
+    }
+    TensorView view;
+    try {
+      view = reader.read(grad);
+    } catch (pybind11::error_already_set&) {  // sparse, say
+      throw GradientMismatch(std::to_string(i));
+    }
+    if (!is_here(view) || view.dtype != tensor.dtype || !view.same_shape(tensor) ||
+        view.expanded() || !in_memory(view, grad, i, gradients_))
+      throw GradientMismatch(std::to_string(i));
+    if (view.same_strides(tensor)) return view.data;
+    others.push_back(static_cast<int64_t>(i));
+    return nullptr;
+  }
+
+ public:
+  // Whether memory holds every element, as it is. Torch is asked only about a row that moved: a
+  // storage that is freed or resized moves.
+  static bool in_memory(const TensorView& view, PyObject* tensor, size_t i, Places& places) {
+    places.note_metadata(i, view.shape);
+    if (view.data != nullptr && places.at(i, view.data)) return true;
+    if (view.numel() > 0) {
+      const pybind11::object storage = pybind11::handle(tensor).attr("untyped_storage")();
+      const auto base = storage.attr("data_ptr")().cast<uintptr_t>();
+      const auto size = storage.attr("nbytes")().cast<uintptr_t>();
+      const auto begin = reinterpret_cast<uintptr_t>(view.data);
+      if (pybind11::handle(tensor).attr("is_neg")().cast<bool>()) return false;
+      if (base == 0 || begin + view.span() * item_size(*view.dtype) > base + size) return false;
+    }
+    places.note(i, view.data);
+    return true;
+  }
+
+ private:
+  int device_type_, device_index_;
+  std::vector<Recorded> recorded_;
+  std::vector<int64_t> geometry_;
+  std::vector<Row> rows_;
+  std::vector<int64_t> bytes_;  // [rows]
+  Places weights_, gradients_;
+};
+
+}  // namespace pyreg
