@@ -166,6 +166,29 @@ def test_a_gradient_of_other_strides_is_added_by_torch(kernels):
     assert w.grad.is_contiguous()
 
 
+def test_rows_that_share_memory_are_taken_in_turn(kernels):
+    """Gradients, and parameters in prox: two blocks would write the same place at once."""
+    memory, weights = torch.zeros(6), torch.full((6,), 3.0)
+    a, b, c = (nn.Parameter(t) for t in (weights[:4], weights[2:], torch.ones(4)))
+    a.grad, b.grad, c.grad = memory[:4], memory[2:], torch.zeros(4)
+    reg = pyreg.Regularizer({"a": a, "b": b, "c": c}, pyreg.L1(1.0))
+    assert reg.accumulate_().item() == 3 * 8 + 4
+    assert memory.tolist() == [1.0, 1.0, 2.0, 2.0, 1.0, 1.0]
+    reg.prox_(0.5)
+    assert weights.tolist() == [2.5, 2.5, 2.0, 2.0, 2.5, 2.5]
+    assert (c.tolist(), c.grad.tolist()) == ([0.5] * 4, [1.0] * 4)
+
+
+def test_a_storage_that_shrinks_is_noticed(kernels):
+    memory = torch.ones(1 << 16)
+    w = nn.Parameter(memory[8:])
+    reg = pyreg.Regularizer({"w": w}, pyreg.L1(1.0))
+    assert reg().item() == (1 << 16) - 8
+    memory.untyped_storage().resize_(4096)
+    with pytest.raises(ValueError, match=r"'w'.*no memory"):
+        reg()
+
+
 def test_what_changed_is_noticed(kernels):
     module = net()
     reg = pyreg.Regularizer(module, pyreg.L1(1.0))
