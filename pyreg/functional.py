@@ -14,9 +14,9 @@ from .reference import Strength
 def penalty(params: Params, penalty: Penalty) -> Tensor:
     """sum over params of Omega(w), differentiable: `loss + pyreg.penalty(model, pyreg.L1(1e-5))`.
 
-    Forward reads N (the parameters' bytes). Backward reads N and writes N, a flat buffer whose parts
-    autograd keeps where `.grad` is None; where every `.grad` exists, it reads 2 N and writes N, adding
-    to them in place if nobody could see the difference (CPU tensors, no hooks, one thread).
+    Forward reads N (the parameters' bytes). Backward reads N and writes N, a flat buffer whose
+    parts autograd keeps where `.grad` is None; where every `.grad` exists, it reads 2 N and writes
+    N, adding to them in place if nobody could tell (CPU tensors, no hooks, one thread).
 
     Args:
         params: a module, an iterable of tensors or of (name, tensor) pairs, a mapping, or a tensor.
@@ -31,6 +31,7 @@ def penalty(params: Params, penalty: Penalty) -> Tensor:
     Raises:
         TypeError, ValueError: a tensor that cannot be penalised, by name; a strength that is not a
             finite number >= 0.
+        RuntimeError: a tensor requires a gradient, and the penalty has none (L0).
         BackendError: the backend asked for by name cannot serve.
     """
     if not isinstance(penalty, Penalty):
