@@ -1,4 +1,4 @@
-"""Where every .grad exists, backward() adds to them in one sweep, if nobody can see the difference."""
+"""Where every .grad exists, backward() adds to them in one sweep, if nobody can tell."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ The interpreter runs programs one after the other on CPU tensors: this says noth
 import math
 import os
 
+import oracle
 import pytest
 import torch
 
@@ -16,18 +17,30 @@ pytest.importorskip("triton")
 from pyreg.triton_kernels import PENALTIES, Layout, StaleLayout, launch
 from pyreg.triton_kernels import layout as layout_module
 
+from pyreg import penalties as classes
 from pyreg import reference
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, at inf - inf
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-STRENGTHS = {"l1": (0.3, 0.0), "l2": (0.07, 0.0), "elastic_net": (0.3, 0.07)}
+STRENGTHS = {
+    "l1": (0.3, 0.0),
+    "l2": (0.07, 0.0),
+    "elastic_net": (0.3, 0.07),
+    "l0": (0.07, 0.0),
+    "l_half": (0.05, 0.0),
+    "huber": (0.3, 0.1),
+    "log_sum": (0.1, 0.2),
+    "mcp": (0.3, 1.5),
+    "scad": (0.15, 3.7),
+}
+ROUNDINGS = {"l1": 4, "l2": 4, "elastic_net": 4}  # of a scaled gradient; 8 of the others'
 SPECIALS = [0.0, -0.0, 1.5, -2.0, math.inf, -math.inf, math.nan]
 
 
 def args_of(name, strengths):
-    """The strengths as the kernel takes them, without unused columns, rounded to `dtype`."""
-    return strengths[: 2 if name == "elastic_net" else 1]
+    """The strengths as the kernel takes them, without unused columns."""
+    return strengths[: len(classes.PENALTIES[name].parameters)]
 
 
 def rounded(x, dtype):
@@ -84,20 +97,20 @@ def assert_rounded(got, exact, magnitude, operations):
     assert ((got.double() - exact).abs() <= within * 1.01).all()
 
 
-def l1_l2(w):
-    x = w.double()
-    return x.abs().sum().item(), x.square().sum().item()
-
-
 def value_of(name, strengths, w):
-    s1, s2 = l1_l2(w)
-    c0, c1 = strengths
-    return {"l1": c0 * s1, "l2": c0 * s2, "elastic_net": c0 * s1 + c1 * s2}[name]
+    return reference.FORMULAS[name].value(w.double(), *args_of(name, strengths)).item()
 
 
-def bound(dtype):
-    """The relative error of a sum: 16 operations in float32, then float64."""
-    return 16 * 2**-24 if dtype != torch.float64 else 1e-14
+def bound(dtype, name="l1"):
+    """The relative error of a sum: 16 operations in float32, then float64; and of the other
+    penalties' terms, as in oracle.TERMS."""
+    terms, sums = oracle.TERMS.get(name, (0, 1))
+    return sums * ((16 + terms) * 2**-24 if dtype != torch.float64 else 1e-14)
+
+
+def by_strength(name, w):
+    formula = reference.FORMULAS[name].strength_grad
+    return sum(formula(t.double(), *args_of(name, STRENGTHS[name])) for t in w)
 
 
 @pytest.fixture(params=DTYPES, ids=lambda t: str(t).removeprefix("torch."))
@@ -110,6 +123,11 @@ def name(request):
     return request.param
 
 
+@pytest.fixture(params=sorted(n for n in PENALTIES if reference.FORMULAS[n].grad is not None))
+def differentiable(request):
+    return request.param
+
+
 def test_value(dtype, name):
     w = tensors_of(dtype)
     total, sums = Layout(w, [0] * len(w), [name]).value(w, strengths_of(name))
@@ -117,12 +135,10 @@ def test_value(dtype, name):
     assert total.dtype == sums.dtype == torch.float64
     assert total.shape == ()
     assert sums.shape == (1, 2)
-    assert abs(total.item() - exact) <= bound(dtype) * exact
-    s1, s2 = map(sum, zip(*(l1_l2(t) for t in w), strict=True))
-    wanted = {"l1": (s1, 0.0), "l2": (s2, 0.0), "elastic_net": (s1, s2)}[name]
-    torch.testing.assert_close(
-        sums[0], torch.tensor(wanted, dtype=torch.float64), rtol=bound(dtype), atol=0
-    )
+    assert abs(total.item() - exact) <= bound(dtype, name) * exact
+    wanted = by_strength(name, w)
+    torch.testing.assert_close(sums[0, : len(wanted)], wanted, rtol=bound(dtype, name), atol=0)
+    assert PENALTIES[name].sums == 2 or sums[0, 1] == 0
 
 
 def test_value_of_the_worst_case():
@@ -138,8 +154,8 @@ def exact_grad(name, w, scale):
     return rounded(scale, w.dtype) * reference.FORMULAS[name].grad(w.double(), *c)
 
 
-def test_gradient(dtype, name):
-    w = tensors_of(dtype)
+def test_gradient(dtype, differentiable):
+    name, w = differentiable, tensors_of(dtype)
     grads = poison(w)
     grads[3] = None
     layout = Layout(w, [0] * len(w), [name])
@@ -147,11 +163,12 @@ def test_gradient(dtype, name):
     for t, g in zip(w, grads, strict=True):
         if g is not None:
             exact = exact_grad(name, t, 1.7)
-            assert_rounded(g, exact, 1.7 * (0.3 + 0.14 * t.double().abs()), 4)
+            magnitude = 1.7 * (0.3 + 0.14 * t.double().abs()) + exact.abs()
+            assert_rounded(g, exact, magnitude, ROUNDINGS.get(name, 8))
 
 
-def test_accumulate(dtype, name):
-    w, old = tensors_of(dtype), tensors_of(dtype, seed=1)
+def test_accumulate(dtype, differentiable):
+    name, w, old = differentiable, tensors_of(dtype), tensors_of(dtype, seed=1)
     grads = [g.clone() for g in old]
     for i in (2, 7, 9):
         grads[i] = None
@@ -160,8 +177,9 @@ def test_accumulate(dtype, name):
     assert total.item() == layout.value(w, strengths)[0].item()
     for t, g, o in zip(w, grads, old, strict=True):
         if g is not None:
-            exact = o.double() + exact_grad(name, t, -1.7)
-            assert_rounded(g, exact, o.double().abs() + 1.7 * (0.3 + 0.14 * t.double().abs()), 6)
+            term = exact_grad(name, t, -1.7)
+            magnitude = o.double().abs() + 1.7 * (0.3 + 0.14 * t.double().abs()) + term.abs()
+            assert_rounded(g, o.double() + term, magnitude, 2 + ROUNDINGS.get(name, 8))
 
 
 @pytest.mark.parametrize("step", [0.05, 8.0])
@@ -196,16 +214,21 @@ def test_specials(dtype, name, aligned):
     w[: len(SPECIALS)] = torch.tensor(SPECIALS)
     layout, strengths, grad = Layout([w], [0], [name]), strengths_of(name), poison([w])
     assert math.isnan(layout.value([w], strengths)[0])
-    assert layout.value([w], strengths)[1][0, 1].isnan() == (name == "elastic_net")
+    assert layout.value([w], strengths)[1][0, 1].isnan() == (PENALTIES[name].sums == 2)
     layout.gradient([w], grad, strengths, 1.0)
-    exact = exact_grad(name, w, 1.0)
-    torch.testing.assert_close(grad[0], exact.to(dtype), equal_nan=True)
-    assert grad[0][:2].tolist() == [0, 0]
+    if name == "l0":
+        assert grad[0].isnan().all()
+    else:
+        exact = exact_grad(name, w, 1.0)
+        torch.testing.assert_close(grad[0], exact.to(dtype), equal_nan=True)
+        assert grad[0][:2].tolist() == [0, 0]
     exact = reference.FORMULAS[name].prox(w.double(), 1.0, *args_of(name, STRENGTHS[name]))
     layout.prox([w], strengths, 1.0)
     torch.testing.assert_close(w, exact.to(dtype), equal_nan=True)
     w[4:7] = torch.tensor([math.inf, -math.inf, 1.0])
-    assert layout.value([w], strengths)[0] == math.inf
+    exact = value_of(name, STRENGTHS[name], w)
+    assert layout.value([w], strengths)[0].item() == pytest.approx(exact, rel=bound(dtype, name))
+    assert (exact < math.inf) == (name in ("l0", "mcp", "scad"))
 
 
 def test_mixed_penalties_keep_to_their_own_formula():
@@ -224,7 +247,7 @@ def many(n=300):
     lengths = [0 if i % 7 == 3 else int(torch.randint(1, 200, (), generator=g)) for i in range(n)]
     lengths[5:40:9] = [2049, 4100, 1, 9001]
     w = [torch.randn(k, generator=g).to(DTYPES[i % 4]) for i, k in enumerate(lengths)]
-    return w, [i % 5 for i in range(n)], ["l1", "elastic_net", "l2", "elastic_net", "l1", "l2"]
+    return w, [i % 5 for i in range(n)], ["l1", "elastic_net", "huber", "mcp", "log_sum", "l2"]
 
 
 def test_many_tensors_mixed_in_one_launch(monkeypatch):
@@ -243,7 +266,7 @@ def test_many_tensors_mixed_in_one_launch(monkeypatch):
     exact = sum(
         value_of(penalties[r], strengths[r].tolist(), t) for t, r in zip(w, rule_of, strict=True)
     )
-    assert abs(total.item() - exact) <= 16 * 2**-24 * exact
+    assert abs(total.item() - exact) <= bound(torch.float32, "mcp") * exact
     for t, g, r in zip(w, grads, rule_of, strict=True):
         c = args_of(penalties[r], strengths[r].tolist())
         torch.testing.assert_close(
@@ -272,7 +295,7 @@ def test_bits_do_not_depend_on_the_grid(monkeypatch, partials):
     exact = sum(
         value_of(penalties[r], STRENGTHS[penalties[r]], t) for t, r in zip(w, rule_of, strict=True)
     )
-    assert abs(value.item() - exact) <= 16 * 2**-24 * exact
+    assert abs(value.item() - exact) <= bound(torch.float32, "mcp") * exact
 
 
 def test_strengths_and_scale_are_read_at_every_call():
