@@ -27,7 +27,7 @@ LAYERS = [
     ["backend.native", "backend.triton"],
     ["backend.cuda"],
     ["backend.torch"],
-    ["pack", "coverage", "stats"],
+    ["pack", "coverage", "stats", "priors"],
     ["penalties", "text"],
     ["reference"],
     ["_native", "_cuda"],
