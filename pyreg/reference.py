@@ -144,6 +144,25 @@ FORMULAS: dict[str, Formula] = {
 }
 
 
+def metric_step(
+    moment: Tensor | None,
+    numerator: Strength,
+    factor: Strength,
+    offset: Strength,
+    root: bool,
+    dtype: torch.dtype,
+) -> Strength:
+    """numerator / (factor * root(moment) + offset), in the compute dtype of `dtype`.
+
+    root: the square root, or the moment itself. The numerator alone, without a moment.
+    """
+    if moment is None:
+        return numerator
+    d = moment.to(compute_dtype(dtype))
+    d = d.sqrt() if root else d
+    return _strength(numerator, d) / (_strength(factor, d) * d + _strength(offset, d))
+
+
 def stats(w: Tensor) -> Tensor:
     """[sum |w|, sum w^2, max |w|, number of zeros, of non-finite]: float64, on w's device."""
     x = w.detach().to(torch.float64)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from . import autograd, ops, sweeps
+from .attachment import Attachment, Mode
 from .coverage import Coverage, Covered, resolve
 from .dispatch import choose
+from .metric import Metric
 from .pack import Packs, check, check_gradient, check_memory, label
 from .penalties import Penalty, check_scale, check_strength
 from .stats import Stats
@@ -22,6 +25,9 @@ class _Group:
     """Some of the covered parameters, with the packs of their sweeps."""
 
     def __init__(self, covered: Sequence[Covered], patterns: Sequence[str], kinds: Sequence[str]):
+        self.covered = covered
+        self.part: _Group = self
+        self.part_flags: list[bool] = []
         self.names = [row.name for row in covered]
         self.tensors = [row.tensor for row in covered]
         self.packs = Packs(tuple(kinds), [patterns.index(row.rule) for row in covered])
@@ -80,6 +86,8 @@ class Regularizer:
         self._penalties = tuple(self.rules.values())
         self._model = model if isinstance(model, nn.Module) else None
         self._pairs = [] if self._model is not None else _pairs(model)
+        self._attachment: Attachment | None = None
+        self.last_value: Tensor | None = None
         self._resolve()
 
     def __call__(self) -> Tensor:
@@ -116,20 +124,7 @@ class Regularizer:
             TypeError, ValueError: a scale that is not a finite number; a gradient that cannot be
                 its parameter's, by name. Nothing was written then.
         """
-        check_scale(scale)
-        group = self._active()
-        if not group.tensors:
-            return self._zero()
-        if create_grads:
-            for i, t in enumerate(group.tensors):
-                if t.grad is not None:
-                    check_gradient(t.grad, t, group.label(i))
-            for t in group.tensors:
-                if t.grad is None:
-                    t.grad = torch.zeros_like(t)
-        value, present = sweeps.accumulate(
-            group.packs, group.tensors, self._penalties, scale, group.label
-        )
+        value, present = self._accumulate(scale, create_grads)
         if present == 0:
             raise RuntimeError(
                 "accumulate_: no penalised parameter has a gradient; call it after backward(), or "
@@ -154,6 +149,91 @@ class Regularizer:
         group = self._active()
         if group.tensors:
             sweeps.prox(group.packs, group.tensors, self._penalties, step, group.label)
+
+    def attach(
+        self, optimizer: Optimizer, mode: Mode = "grad", metric: str = "optimizer"
+    ) -> Attachment:
+        """From now on, penalise in every `optimizer.step()`: once per step, whatever led to it.
+
+        mode="grad" adds the penalty's gradient to each `.grad` before the step: after gradients
+        were accumulated over micro-batches, unscaled and clipped, so that the penalty is counted
+        once and never clipped. Where the optimizer unscales gradients itself (`grad_scale`, set by
+        a GradScaler), the penalty's is scaled like them. mode="prox" takes the proximal step after
+        the step, which makes exact zeros where the penalty has a kink:
+
+            w = argmin_u Omega(u) + 1 / (2 lr) * sum_i D_i (u_i - w_i)^2
+
+        metric="optimizer": D is the optimizer's own, from its live state (see `pyreg.metric`), so
+        that the fixed point solves the stated problem. metric="identity": D = 1, the decoupled
+        form; under an adaptive optimizer weight i is then penalised with strength lam * D_i.
+
+        Each param group's own lr counts; a step that a GradScaler skips changes nothing, and a
+        parameter without a gradient is left alone. `last_value` then holds the latest value. Not
+        to be combined with reg() in the loss, which would count twice.
+
+        Args:
+            optimizer: one of torch.optim, or with the same step hooks. It must hold every penalised
+                parameter that is not frozen.
+
+        Returns:
+            The attachment, whose `detach()` ends it, as `Regularizer.detach()` does.
+
+        Raises:
+            ValueError: already attached; a penalised parameter (named) is not the optimizer's; an
+                unknown mode or metric; LBFGS.
+            TypeError: no optimizer, or one without step hooks.
+
+        Source: Yun, Lozano, Yang (2021), "Adaptive proximal gradient methods for structured neural
+        networks"; Duchi & Singer (2009), "Efficient online and batch learning using forward
+        backward splitting", for D = 1.
+        """
+        if self._attachment is not None:
+            raise ValueError(
+                f"already attached to {type(self._attachment.optimizer).__name__}; detach() first"
+            )
+        self._attachment = Attachment(self, optimizer, mode, metric)
+        return self._attachment
+
+    def detach(self) -> None:
+        """End what `attach` began; without it, nothing happens."""
+        if self._attachment is not None:
+            self._attachment.detach()
+            self._attachment = None
+
+    def trainable(self) -> list[tuple[str, Tensor]]:
+        """(name, parameter) of what is penalised now: covered, and not frozen."""
+        group = self._active()
+        return list(zip(group.names, group.tensors, strict=True))
+
+    def _accumulate(self, scale: float | Tensor, create_grads: bool = False) -> tuple[Tensor, int]:
+        """The value, and how many gradients were added to."""
+        check_scale(scale)
+        group = self._active()
+        if not group.tensors:
+            return self._zero(), 1
+        if create_grads:
+            for i, t in enumerate(group.tensors):
+                if t.grad is not None:
+                    check_gradient(t.grad, t, group.label(i))
+            for t in group.tensors:
+                if t.grad is None:
+                    t.grad = torch.zeros_like(t)
+        value, present = sweeps.accumulate(
+            group.packs, group.tensors, self._penalties, scale, group.label
+        )
+        self.last_value = value
+        return value, present
+
+    def _prox(self, metric: Callable[[Tensor], Metric | None]) -> None:
+        """The proximal step in each parameter's metric; one without a metric is left alone."""
+        group = self._active()
+        metrics = [metric(t) for t in group.tensors]
+        group = self._part(group, [m is not None for m in metrics])
+        if group.tensors:
+            found = [m for m in metrics if m is not None]
+            self.last_value = sweeps.prox_in_metric(
+                group.packs, group.tensors, found, self._penalties, group.label
+            )
 
     def stats(self) -> Stats:
         """sum |w|, sum w^2, max |w|, zeros and non-finite elements of every covered parameter.
@@ -190,7 +270,6 @@ class Regularizer:
             check(row.tensor, label(i, row.name))
             check_memory(row.tensor, label(i, row.name))
         self._covered = self._group(covered)
-        self._active_flags: list[bool] = []
         names = [name for row in covered for name in (row.name, *row.aliases)]
         self._slots = [] if self._model is None else _slots(self._model, names)
 
@@ -209,13 +288,15 @@ class Regularizer:
         self._refresh()
         if self.include_frozen:
             return self._covered
-        flags = list(map(_requires_grad, self._covered.tensors))
-        if flags != self._active_flags:
-            covered = self._coverage.penalised
-            chosen = [row for row, flag in zip(covered, flags, strict=True) if flag]
-            self._active_group = self._covered if all(flags) else self._group(chosen)
-            self._active_flags = flags
-        return self._active_group
+        return self._part(self._covered, list(map(_requires_grad, self._covered.tensors)))
+
+    def _part(self, group: _Group, flags: list[bool]) -> _Group:
+        """The flagged members of a group; the last answer for each group is kept."""
+        if group.part_flags != flags:
+            chosen = [row for row, flag in zip(group.covered, flags, strict=True) if flag]
+            group.part = group if all(flags) else self._group(chosen)
+            group.part_flags = flags
+        return group.part
 
     def _traced(self) -> Tensor:
         """The value while torch.compile traces: no caches; it guards the module's parameters."""

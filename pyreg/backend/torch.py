@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..metric import Metric
 from ..pack import Pack, StaleLayout, is_freed
 from ..penalties import Penalty
 
@@ -76,6 +77,17 @@ class TorchBackend:
         for r, t in zip(pack.rule_of, tensors, strict=True):
             apply_prox(rules[r], t, step)
 
+    def prox_in_metric(
+        self,
+        pack: Pack,
+        tensors: Sequence[Tensor],
+        metrics: Sequence[Metric],
+        rules: Sequence[Penalty],
+    ) -> Tensor:
+        for r, t, metric in zip(pack.rule_of, tensors, metrics, strict=True):
+            apply_prox_in_metric(rules[r], t, metric)
+        return self.value(pack, tensors, rules)[0]
+
     def stats(self, pack: Pack, tensors: Sequence[Tensor]) -> Tensor:
         return torch.stack([reference.stats(t) for t in tensors])
 
@@ -97,3 +109,8 @@ def apply_prox(penalty: Penalty, w: Tensor, step: float | Tensor) -> None:
     """w = prox(w, step)"""
     with torch.no_grad():
         w.copy_(penalty.prox(w, step))
+
+
+def apply_prox_in_metric(penalty: Penalty, w: Tensor, metric: Metric) -> None:
+    """w = prox(w, step of each element)"""
+    apply_prox(penalty, w, reference.metric_step(*metric, dtype=w.dtype))
