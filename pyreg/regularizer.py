@@ -12,7 +12,7 @@ from . import autograd, ops, sweeps
 from .coverage import Coverage, Covered, resolve
 from .dispatch import choose
 from .pack import Packs, check, check_gradient, check_memory, label
-from .penalties import Penalty, check_scale, check_strength
+from .penalties import Penalty, check_differentiable, check_scale, check_strength
 from .stats import Stats
 
 _requires_grad = attrgetter("requires_grad")
@@ -112,7 +112,8 @@ class Regularizer:
             The value, as from calling the regularizer, detached.
 
         Raises:
-            RuntimeError: no parameter at all has a gradient, so that nothing was added.
+            RuntimeError: no parameter at all has a gradient, so that nothing was added; or the
+                penalty of one has none (L0).
             TypeError, ValueError: a scale that is not a finite number; a gradient that cannot be
                 its parameter's, by name. Nothing was written then.
         """
@@ -120,6 +121,7 @@ class Regularizer:
         group = self._active()
         if not group.tensors:
             return self._zero()
+        check_differentiable(self._penalties, group.packs.rule_of, group.tensors)
         if create_grads:
             for i, t in enumerate(group.tensors):
                 if t.grad is not None:
