@@ -57,6 +57,7 @@ class Attachment:
         self.reg, self.optimizer, self.mode = reg, optimizer, mode
         self._check_held()
         if mode == "grad":
+            reg.check_differentiable()
             self._handle = optimizer.register_step_pre_hook(untraced(self._before))
         else:
             self._metric = identity if metric == "identity" else metric_of(optimizer)

@@ -15,7 +15,7 @@ from .coverage import Coverage, Covered, resolve
 from .dispatch import choose
 from .metric import Metric
 from .pack import Packs, check, check_gradient, check_memory, label
-from .penalties import Penalty, check_scale, check_strength
+from .penalties import Penalty, check_differentiable, check_scale, check_strength
 from .stats import Stats
 
 _requires_grad = attrgetter("requires_grad")
@@ -120,7 +120,8 @@ class Regularizer:
             The value, as from calling the regularizer, detached.
 
         Raises:
-            RuntimeError: no parameter at all has a gradient, so that nothing was added.
+            RuntimeError: no parameter at all has a gradient, so that nothing was added; or the
+                penalty of one has none (L0).
             TypeError, ValueError: a scale that is not a finite number; a gradient that cannot be
                 its parameter's, by name. Nothing was written then.
         """
@@ -211,6 +212,7 @@ class Regularizer:
         group = self._active()
         if not group.tensors:
             return self._zero(), 1
+        self.check_differentiable()
         if create_grads:
             for i, t in enumerate(group.tensors):
                 if t.grad is not None:

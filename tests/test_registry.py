@@ -26,7 +26,7 @@ LAYERS = [
     ["dispatch"],
     ["backend.native", "backend.triton"],
     ["backend.torch"],
-    ["pack", "coverage", "stats"],
+    ["pack", "coverage", "stats", "priors"],
     ["penalties", "text"],
     ["reference"],
     ["_native"],
