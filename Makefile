@@ -61,5 +61,6 @@ $(VENV)/installed: requirements-dev.txt
 	touch $@
 
 $(VENV)/built: $(VENV)/installed pyproject.toml setup.py $(NATIVE_SOURCES)
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(if $(CXX_FOUND),PYREG_BUILD=$${PYREG_BUILD:-cpu}) $(PY) -m pip install --quiet \
+		--disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@

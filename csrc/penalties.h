@@ -37,9 +37,6 @@ constexpr int kMaxSums = 2;
 PYREG_FN float absolute(float x) { return __builtin_fabsf(x); }
 PYREG_FN double absolute(double x) { return __builtin_fabs(x); }
 
-PYREG_FN float square_root(float x) { return __builtin_sqrtf(x); }
-PYREG_FN double square_root(double x) { return __builtin_sqrt(x); }
-
 // a * b + c with one rounding.
 #if defined(__CUDACC__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
 PYREG_FN float mul_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }

@@ -58,13 +58,18 @@ class Attachment:
         self._check_held()
         if mode == "grad":
             reg.check_differentiable()
-            self._handle = optimizer.register_step_pre_hook(untraced(self._before))
+            self._handles = [optimizer.register_step_pre_hook(untraced(self._before))]
         else:
             self._metric = identity if metric == "identity" else metric_of(optimizer)
-            self._handle = optimizer.register_step_post_hook(untraced(self._after))
+            # A schedule must not fail when the weights have moved already.
+            self._handles = [
+                optimizer.register_step_pre_hook(untraced(lambda *_: reg.check_strengths())),
+                optimizer.register_step_post_hook(untraced(self._after)),
+            ]
 
     def detach(self) -> None:
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
     def _check_held(self) -> None:
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
@@ -98,9 +103,11 @@ class Attachment:
         if len(ascends) > 1:
             raise ValueError("param groups with and without maximize=True: use one optimizer each")
         self.reg._accumulate(-scale if ascends == {True} else scale)
+        self.reg.advance()
 
     def _after(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
         self.reg._prox(self._metric_of_rows())
+        self.reg.advance()
 
     def _metric_of_rows(self) -> Callable[[Tensor], Metric | None]:
         """Each parameter's metric; None for one that this step did not move."""

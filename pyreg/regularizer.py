@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,13 @@ from .coverage import Coverage, Covered, resolve
 from .dispatch import choose
 from .metric import Metric
 from .pack import Packs, check, check_gradient, check_memory, label
-from .penalties import Penalty, check_differentiable, check_scale, check_strength
+from .penalties import (
+    Penalty,
+    check_differentiable,
+    check_scale,
+    check_strength,
+    check_strengths,
+)
 from .stats import Stats
 
 _requires_grad = attrgetter("requires_grad")
@@ -83,7 +90,7 @@ class Regularizer:
             _check_pattern(pattern, "exclude")
         self.include_frozen = include_frozen
         self.strict = strict
-        self._penalties = tuple(self.rules.values())
+        self.step = 0
         self._model = model if isinstance(model, nn.Module) else None
         self._pairs = [] if self._model is not None else _pairs(model)
         self._attachment: Attachment | None = None
@@ -201,10 +208,60 @@ class Regularizer:
             self._attachment.detach()
             self._attachment = None
 
+    def advance(self) -> None:
+        """Count an optimizer step, for strengths that are schedules; an attached one does it."""
+        self.step += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: the step, and the numbers of strengths that are tensors.
+
+        Strengths that are numbers and schedules belong to the program, as rules do.
+        """
+        tensors = {
+            pattern: {
+                name: s.detach().clone()
+                for name in rule.parameters
+                if isinstance(s := getattr(rule, name), Tensor)
+            }
+            for pattern, rule in self.rules.items()
+        }
+        return {"step": self.step, "strengths": tensors}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict()`: the step, and strengths that are tensors, in place.
+
+        Raises:
+            ValueError: it is of other rules; nothing was changed then.
+        """
+        own, saved = self.state_dict()["strengths"], state["strengths"]
+        if {p: set(own[p]) for p in own} != {p: set(saved[p]) for p in saved}:
+            raise ValueError(
+                f"state_dict of other rules: expected tensors {_names(own)}, got {_names(saved)}"
+            )
+        with torch.no_grad():
+            for pattern, names in saved.items():
+                for name, number in names.items():
+                    getattr(self.rules[pattern], name).copy_(number)
+        self.step = int(state["step"])
+
+    @property
+    def _penalties(self) -> tuple[Penalty, ...]:
+        """The rules' penalties with their strengths now."""
+        return tuple(rule.at(self.step) for rule in self.rules.values())
+
     def trainable(self) -> list[tuple[str, Tensor]]:
         """(name, parameter) of what is penalised now: covered, and not frozen."""
         group = self._active()
         return list(zip(group.names, group.tensors, strict=True))
+
+    def check_differentiable(self) -> None:
+        """Raise RuntimeError if the penalty of a parameter that is penalised now has no gradient."""
+        group = self._active()
+        check_differentiable(tuple(self.rules.values()), group.packs.rule_of, group.tensors)
+
+    def check_strengths(self) -> None:
+        """Raise ValueError or TypeError if a strength is bad by now: a schedule's, or a tensor."""
+        check_strengths(self._penalties)
 
     def _accumulate(self, scale: float | Tensor, create_grads: bool = False) -> tuple[Tensor, int]:
         """The value, and how many gradients were added to."""
@@ -276,7 +333,7 @@ class Regularizer:
         self._slots = [] if self._model is None else _slots(self._model, names)
 
     def _group(self, covered: Sequence[Covered]) -> _Group:
-        return _Group(covered, list(self.rules), [penalty.name for penalty in self._penalties])
+        return _Group(covered, list(self.rules), [rule.name for rule in self.rules.values()])
 
     def _refresh(self) -> None:
         """Resolve again if the module holds other parameters by now."""
@@ -331,6 +388,10 @@ def _slots(model: nn.Module, names: Iterable[str]) -> list[tuple[dict, str, obje
             module = module._modules[key]
         slots[id(module), last] = (module._parameters, last, module._parameters[last])
     return list(slots.values())
+
+
+def _names(strengths: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[str]]:
+    return {pattern: list(names) for pattern, names in strengths.items()}
 
 
 def _check_pattern(pattern: object, where: str) -> None:
