@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from . import autograd, ops, sweeps
 from .attachment import Attachment, Mode
-from .coverage import Coverage, Covered, resolve
+from .coverage import Coverage, Covered, report_rules, resolve
 from .dispatch import choose
 from .metric import Metric
 from .pack import Packs, check, check_gradient, check_memory, label
@@ -255,7 +255,7 @@ class Regularizer:
         return list(zip(group.names, group.tensors, strict=True))
 
     def check_differentiable(self) -> None:
-        """Raise RuntimeError if the penalty of a parameter that is penalised now has no gradient."""
+        """Raise RuntimeError if a parameter is penalised now by what has no gradient (L0)."""
         group = self._active()
         check_differentiable(tuple(self.rules.values()), group.packs.rule_of, group.tensors)
 
@@ -304,8 +304,15 @@ class Regularizer:
         table = sweeps.stats(group.packs, group.tensors, group.label)
         return Stats(list(group.names), [t.numel() for t in group.tensors], table)
 
-    def report(self) -> Coverage:
-        """Every parameter of the model: its rule or why it has none, aliases, sweeps; as data."""
+    def report(self, *, gradients: bool = False, clip: float | None = None) -> Coverage:
+        """Every parameter and rule, as data: who is covered, aliases, strengths now, sweeps.
+
+        Args:
+            gradients: also measure the norm of each rule's gradient (lam * sqrt(elements) for L1),
+                and list the parameters whose `.grad` is of a dtype too coarse to hold what the rule
+                adds. Takes some passes over the parameters.
+            clip: the norm that gradients are clipped to, to be shown beside it.
+        """
         self._refresh()
         group = self._covered
         lines = []
@@ -313,7 +320,10 @@ class Regularizer:
             backend, reason = choose(pack)
             because = f" ({reason})" if reason else ""
             lines.append(f"{len(pack.rows)} tensors on {pack.device}: {backend.name}{because}")
-        return Coverage(self._coverage.rows, self._coverage.unmatched, lines)
+        now = dict(zip(self.rules, self._penalties, strict=True))
+        found = self._coverage
+        rules = report_rules(found, now, gradients)
+        return Coverage(found.rows, found.unmatched, rules, lines, clip)
 
     def __repr__(self) -> str:
         return str(self.report())
