@@ -51,7 +51,8 @@ class Layout {
          const std::vector<std::string>& penalties)
       : table_(make(tensors, rule_of, penalties)),
         weights_(table_.rows().size()),
-        gradients_(table_.rows().size()) {
+        gradients_(table_.rows().size()),
+        moments_(table_.rows().size()) {
     for (const Row& row : table_.rows()) bytes_.push_back(row.numel * item_size(row.dtype));
   }
 
@@ -133,6 +134,47 @@ class Layout {
       cpu::prox(table_, w.data(), strengths.data(), step, threads);
     }
     return others;
+  }
+
+  // The same with a step for each element. moments[i] is a tensor like tensors[i], of its dtype or
+  // float32, or None; numbers is [rows][3] (numerator, factor, offset). Returns the value of the
+  // new weights, and the rows left to the caller: those that share memory with another row, or
+  // whose moment lies otherwise than the tensor. Those are not in the value.
+  py::tuple prox_in_metric(const py::list& tensors, const py::list& moments,
+                           const std::vector<double>& numbers, const std::vector<bool>& root,
+                           const std::vector<double>& strengths, int threads) {
+    check_strengths(strengths);
+    const size_t rows = table_.rows().size();
+    if (py::len(moments) != rows || numbers.size() != 3 * rows || root.size() != rows)
+      throw py::value_error("one metric per tensor");
+    TensorReader reader;
+    Pointers w;
+    std::vector<Metric> metrics(rows);
+    std::vector<int64_t> others;
+    for (size_t i = 0; i < rows; ++i) {
+      const TensorView view = show(tensors, i, reader);
+      w.push_back(view.data);
+      metrics[i] = {nullptr,           false, root[i], numbers[3 * i], numbers[3 * i + 1],
+                    numbers[3 * i + 2]};
+      PyObject* const moment = PyList_GET_ITEM(moments.ptr(), i);
+      if (moment == Py_None) continue;
+      const TensorView m = reader.read(moment);
+      if (m.device_type != 1 || !m.dtype || !m.same_shape(view) ||
+          !in_memory(m, moment, i, moments_))
+        throw py::value_error("row " + std::to_string(i) + ": a moment unlike its tensor");
+      metrics[i].moment = m.data;
+      metrics[i].float32 = m.dtype == DType::kFloat32;
+      if (!m.same_strides(view) || !(metrics[i].float32 || m.dtype == view.dtype))
+        others.push_back(static_cast<int64_t>(i));
+    }
+    for (int64_t i : weights_.overlapping(bytes_)) others.push_back(i);
+    for (int64_t i : others) w[i] = nullptr;
+    std::vector<double> sums = make_sums();
+    {
+      py::gil_scoped_release release;
+      cpu::prox_in_metric(table_, w.data(), metrics.data(), strengths.data(), sums.data(), threads);
+    }
+    return py::make_tuple(value_from_sums(table_, sums.data(), strengths.data()), others);
   }
 
   // [(l1, l2_squared, max_abs, zeros, non_finite), ...], one per row.
@@ -257,7 +299,7 @@ class Layout {
   std::vector<int64_t> geometry_;
   Table table_;
   std::vector<int64_t> bytes_;  // [rows]
-  Places weights_, gradients_;
+  Places weights_, gradients_, moments_;
 };
 
 }  // namespace
@@ -287,5 +329,7 @@ PYBIND11_MODULE(_native, m) {
            py::arg("scale"), py::arg("threads"))
       .def("prox", &Layout::prox, py::arg("tensors"), py::arg("strengths"), py::arg("step"),
            py::arg("threads"))
+      .def("prox_in_metric", &Layout::prox_in_metric, py::arg("tensors"), py::arg("moments"),
+           py::arg("numbers"), py::arg("root"), py::arg("strengths"), py::arg("threads"))
       .def("stats", &Layout::stats, py::arg("tensors"), py::arg("threads"));
 }

@@ -8,7 +8,7 @@ value = reg.accumulate_()                            # adds the gradient to .gra
 
 import importlib.metadata as _metadata
 
-from . import priors
+from . import priors, schedules
 from .dispatch import BackendError, backends, use_backend
 from .functional import elastic_net, l1, l2, penalty
 from .penalties import (
@@ -51,5 +51,6 @@ __all__ = [
     "l2",
     "penalty",
     "priors",
+    "schedules",
     "use_backend",
 ]

@@ -2,15 +2,16 @@
 
 The maths is in `pyreg.reference`; the native forms are in `csrc/penalties.h` and
 `triton_kernels/penalties.py`. A strength is a number >= 0, or a 0-dim floating tensor of that
-range (a schedule that changes it in place, or a learnable one, which then receives its gradient).
-A shape (MCP's gamma, Huber's delta, ...) is one too, but above a bound, and not learnable.
+range (one that is changed in place, or a learnable one, which then receives its gradient). A shape
+(MCP's gamma, Huber's delta, ...) is one too, but above a bound, and not learnable. Either may be a
+schedule, a callable of the optimizer step: a Regularizer takes its number at each.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from types import MappingProxyType
 from typing import ClassVar
@@ -124,12 +125,35 @@ class Penalty:
             object.__setattr__(self, name, self._check(name, getattr(self, name)))
 
     def _check(self, name: str, s: Strength) -> Strength:
+        if callable(s) and not isinstance(s, Tensor):  # known only once there is a step
+            return s
         return check_strength(f"{type(self).__name__}.{name}", s, self.above.get(name))
 
     @property
     def strengths(self) -> tuple[Strength, ...]:
-        """The fields, in order."""
-        return tuple(getattr(self, name) for name in self.parameters)
+        """The fields, in order. Raises TypeError if one is a schedule."""
+        fields = tuple(getattr(self, name) for name in self.parameters)
+        for name, s in zip(self.parameters, fields, strict=True):
+            if callable(s) and not isinstance(s, Tensor):
+                raise TypeError(
+                    f"{type(self).__name__}.{name} is a schedule: take the penalty at a step with "
+                    ".at(step), or give it to a Regularizer, which counts steps"
+                )
+        return fields
+
+    def at(self, step: int) -> Penalty:
+        """This penalty with the numbers of its schedules at an optimizer step.
+
+        Raises:
+            ValueError, TypeError: a schedule returns what cannot be a strength.
+        """
+        numbers = {}
+        for name in self.parameters:
+            s = getattr(self, name)
+            if callable(s) and not isinstance(s, Tensor):
+                where = f"{type(self).__name__}.{name} at step {step}"
+                numbers[name] = check_strength(where, s(step), self.above.get(name))
+        return replace(self, **numbers) if numbers else self
 
     def value(self, w: Tensor) -> Tensor:
         """Omega(w): 0-dim, float32 (float64 for a float64 `w`), differentiable unless L0's."""

@@ -77,7 +77,9 @@ def _where_kept(kept: Tensor, x: Tensor) -> Tensor:
 
 def _tensor(t: Strength, x: Tensor) -> Tensor:
     """t as a tensor of x's dtype, on x's device."""
-    return torch.as_tensor(t, dtype=x.dtype, device=x.device)
+    if isinstance(t, Tensor):
+        return t.to(device=x.device, dtype=x.dtype)
+    return torch.full((), t, dtype=x.dtype, device=x.device)  # (a copy would wait for the device)
 
 
 def l1_value(w: Tensor, lam: Strength) -> Tensor:
@@ -345,6 +347,25 @@ FORMULAS: dict[str, Formula] = {
     "mcp": Formula(mcp_value, mcp_grad, mcp_prox, mcp_strength_grad),
     "scad": Formula(scad_value, scad_grad, scad_prox, scad_strength_grad),
 }
+
+
+def metric_step(
+    moment: Tensor | None,
+    numerator: Strength,
+    factor: Strength,
+    offset: Strength,
+    root: bool,
+    dtype: torch.dtype,
+) -> Strength:
+    """numerator / (factor * root(moment) + offset), in the compute dtype of `dtype`.
+
+    root: the square root, or the moment itself. The numerator alone, without a moment.
+    """
+    if moment is None:
+        return numerator
+    d = moment.to(compute_dtype(dtype))
+    d = d.sqrt() if root else d
+    return _strength(numerator, d) / (_strength(factor, d) * d + _strength(offset, d))
 
 
 def stats(w: Tensor) -> Tensor:

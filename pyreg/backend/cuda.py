@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..pack import GradientMismatch, Pack, StaleLayout
 from ..penalties import Penalty
-from .torch import add_gradient
+from .torch import TorchBackend, add_gradient
 
 
 @cache
@@ -222,6 +222,8 @@ class CudaBackend:
         strengths = _strengths(rules, pack)
         self._sweep("prox", pack, tensors, "plain", None, strengths, _number(step, pack))
         torch.autograd.graph.increment_version(tensors)
+
+    prox_in_metric = TorchBackend.prox_in_metric
 
     def stats(self, pack: Pack, tensors: list[Tensor]) -> Tensor:
         out = torch.empty(len(tensors), 5, dtype=torch.float64, device=pack.device)
