@@ -75,6 +75,46 @@ class Layout {
     return others;
   }
 
+  // The same with a step for each element. moments[i] is a tensor like tensors[i], of its dtype or
+  // float32, or None; numbers is [rows][3] (numerator, factor, offset). Returns the value of the
+  // new weights, and the rows left to the caller: those that share memory with another row, or
+  // whose moment lies otherwise than the tensor. Those are not in the value.
+  py::tuple prox_in_metric(const py::list& tensors, const py::list& moments,
+                           const std::vector<double>& numbers, const std::vector<bool>& root,
+                           const std::vector<double>& strengths, int threads) {
+    check_strengths(strengths);
+    const size_t rows = table_.rows().size();
+    if (py::len(moments) != rows || numbers.size() != 3 * rows || root.size() != rows)
+      throw py::value_error("one metric per tensor");
+    TensorReader reader;
+    std::vector<int64_t> others;
+    Pointers w = look_.separate_tensors(tensors, reader, others);
+    std::vector<Metric> metrics(rows);
+    for (size_t i = 0; i < rows; ++i) {
+      Metric& metric = metrics[i];
+      metric.root = root[i];
+      metric.numerator = numbers[3 * i];
+      metric.factor = numbers[3 * i + 1];
+      metric.offset = numbers[3 * i + 2];
+      PyObject* const moment = PyList_GET_ITEM(moments.ptr(), i);
+      if (moment == Py_None) continue;
+      bool same_strides;
+      const TensorView view = look_.beside(i, moment, reader, same_strides);
+      metric.moment = view.data;
+      metric.float32 = view.dtype == DType::kFloat32;
+      if (!same_strides || !(metric.float32 || view.dtype == look_.rows()[i].dtype)) {
+        others.push_back(static_cast<int64_t>(i));
+        w[i] = nullptr;
+      }
+    }
+    std::vector<double> sums = make_sums();
+    {
+      py::gil_scoped_release release;
+      cpu::prox_in_metric(table_, w.data(), metrics.data(), strengths.data(), sums.data(), threads);
+    }
+    return py::make_tuple(value_from_sums(table_, sums.data(), strengths.data()), others);
+  }
+
   // [(l1, l2_squared, max_abs, zeros, non_finite), ...], one per row.
   std::vector<std::tuple<double, double, double, int64_t, int64_t>> stats(const py::list& tensors,
                                                                           int threads) {
@@ -133,5 +173,7 @@ PYBIND11_MODULE(_native, m) {
            py::arg("scale"), py::arg("threads"))
       .def("prox", &Layout::prox, py::arg("tensors"), py::arg("strengths"), py::arg("step"),
            py::arg("threads"))
+      .def("prox_in_metric", &Layout::prox_in_metric, py::arg("tensors"), py::arg("moments"),
+           py::arg("numbers"), py::arg("root"), py::arg("strengths"), py::arg("threads"))
       .def("stats", &Layout::stats, py::arg("tensors"), py::arg("threads"));
 }

@@ -63,7 +63,8 @@ class Look {
       : device_type_(device_type),
         device_index_(device_index),
         weights_(rule_of.size()),
-        gradients_(rule_of.size()) {
+        gradients_(rule_of.size()),
+        beside_(rule_of.size()) {
     if (rule_of.size() != pybind11::len(tensors))
       throw pybind11::value_error("one rule per tensor");
     TensorReader reader;
@@ -102,6 +103,20 @@ class Look {
     others = weights_.overlapping(bytes_);
     for (int64_t i : others) pointers[i] = nullptr;
     return pointers;
+  }
+
+  // A tensor that lies beside row i, an optimizer's moment: of its shape, in any swept dtype.
+  TensorView beside(size_t i, PyObject* tensor, TensorReader& reader, bool& same_strides) {
+    TensorView row;
+    row.ndim = recorded_[i].ndim;
+    row.shape = geometry_.data() + recorded_[i].geometry;
+    row.strides = row.shape + row.ndim;
+    const TensorView view = reader.read(tensor);
+    if (!is_here(view) || !view.dtype || !view.same_shape(row) ||
+        !in_memory(view, tensor, i, beside_))
+      throw pybind11::value_error("row " + std::to_string(i) + ": a moment unlike its tensor");
+    same_strides = view.same_strides(row);
+    return view;
   }
 
   // grads[i] is a tensor like tensors[i], or None to leave the row out.
@@ -198,7 +213,6 @@ class Look {
     return nullptr;
   }
 
- public:
   // Whether memory holds every element, as it is. Torch is asked only about a row that moved: a
   // storage that is freed or resized moves.
   static bool in_memory(const TensorView& view, PyObject* tensor, size_t i, Places& places) {
@@ -216,13 +230,12 @@ class Look {
     return true;
   }
 
- private:
   int device_type_, device_index_;
   std::vector<Recorded> recorded_;
   std::vector<int64_t> geometry_;
   std::vector<Row> rows_;
   std::vector<int64_t> bytes_;  // [rows]
-  Places weights_, gradients_;
+  Places weights_, gradients_, beside_;
 };
 
 }  // namespace pyreg

@@ -14,6 +14,15 @@ struct Stats {
   int64_t zeros = 0, non_finite = 0;
 };
 
+// A row's metric: the step of element i is numerator / (factor * root(moment_i) + offset), where
+// root is the square root or nothing; without a moment it is the numerator.
+struct Metric {
+  const void* moment = nullptr;
+  bool float32 = false;  // the moment's dtype: float32, or else the row's own
+  bool root = true;
+  double numerator = 0, factor = 1, offset = 0;
+};
+
 namespace cpu {
 
 // The instruction set that the sweeps use on this machine, e.g. "x86-64-v4".
@@ -41,6 +50,11 @@ void accumulate(const Table& table, const void* const* w, void* const* g, const 
 
 // w = prox(w, step). Reads N, writes N. Rows with a null w are left out.
 void prox(const Table& table, void* const* w, const double* strengths, double step, int threads);
+
+// w = prox(w, the steps of metrics[row]), and the sums of the new w. Reads 2 N, writes N. Rows with
+// a null w are left out.
+void prox_in_metric(const Table& table, void* const* w, const Metric* metrics,
+                    const double* strengths, double* sums, int threads);
 
 // stats is [rows]. Reads N.
 void stats(const Table& table, const void* const* w, Stats* stats, int threads);

@@ -1,4 +1,4 @@
-"""pyreg: L1, L2 and elastic-net weight penalties in one native sweep over all parameters.
+"""pyreg: weight penalties (L1, L2, elastic net, MCP, ...) in one native sweep over all parameters.
 
 loss = loss + pyreg.l1(model.parameters(), 1e-5)     # drop-in for the loop
 
@@ -8,9 +8,22 @@ value = reg.accumulate_()                            # adds the gradient to .gra
 
 import importlib.metadata as _metadata
 
+from . import priors, schedules
 from .dispatch import BackendError, backends, use_backend
 from .functional import elastic_net, l1, l2, penalty
-from .penalties import L1, L2, ElasticNet, Penalty
+from .penalties import (
+    L0,
+    L1,
+    L2,
+    MCP,
+    SCAD,
+    ElasticNet,
+    Huber,
+    LHalf,
+    LogSum,
+    Penalty,
+    closed_form,
+)
 from .regularizer import Regularizer
 
 try:
@@ -19,16 +32,25 @@ except _metadata.PackageNotFoundError:
     __version__ = "unknown (not installed)"
 
 __all__ = [
+    "L0",
     "L1",
     "L2",
+    "MCP",
+    "SCAD",
     "BackendError",
     "ElasticNet",
+    "Huber",
+    "LHalf",
+    "LogSum",
     "Penalty",
     "Regularizer",
     "backends",
+    "closed_form",
     "elastic_net",
     "l1",
     "l2",
     "penalty",
+    "priors",
+    "schedules",
     "use_backend",
 ]

@@ -25,7 +25,14 @@ from . import ops, reference
 from .backend.torch import TorchBackend
 from .dispatch import BackendError, choose, requested
 from .pack import GradientMismatch, Label, Pack, Packs, StaleLayout, check, geometry, is_freed
-from .penalties import Penalty, check_strengths, rules_of, stack_strengths, unstack_strengths
+from .penalties import (
+    Penalty,
+    check_differentiable,
+    check_strengths,
+    rules_of,
+    stack_strengths,
+    unstack_strengths,
+)
 from .sweeps import add_values
 
 _version = attrgetter("_version")
@@ -41,6 +48,8 @@ def value(packs: Packs, tensors: list[Tensor], rules: Sequence[Penalty], label: 
     For eager mode; while torch.compile traces, `ops.value` takes its place.
     """
     check_strengths(rules)
+    if torch.is_grad_enabled():
+        check_differentiable(rules, packs.rule_of, tensors)
     if torch._C._len_torch_dispatch_stack():  # make_fx, fake tensors, ...
         for i, t in enumerate(tensors):
             check(t, label(i))

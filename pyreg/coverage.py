@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -10,6 +11,7 @@ from fnmatch import fnmatchcase
 from torch import Tensor
 
 from .penalties import Penalty
+from .reference import FORMULAS, compute_dtype
 from .text import table
 
 
@@ -41,12 +43,28 @@ class Covered:
 
 
 @dataclass(frozen=True)
+class RuleReport:
+    """One rule and what it covers now."""
+
+    pattern: str
+    penalty: Penalty  # with the strengths of this step
+    parameters: int
+    frozen: int  # of these, left alone unless include_frozen
+    elements: int
+    share: float  # of the elements of all parameters
+    gradient_norm: float | None = None  # of the penalty alone; lam * sqrt(elements) for L1
+    lost: tuple[str, ...] = ()  # parameters whose gradients are too coarse for the penalty's
+
+
+@dataclass(frozen=True)
 class Coverage:
-    """All parameters of a model and what the rules make of them. `str()` gives a table."""
+    """All parameters of a model and what the rules make of them. `str()` gives tables."""
 
     rows: list[Covered]
     unmatched: list[str]  # patterns that match no parameter (only without `strict`)
+    rules: list[RuleReport] = field(default_factory=list)
     sweeps: list[str] = field(default_factory=list)  # "12 tensors on cpu: native"; why not a faster
+    clip: float | None = None  # the norm that gradients are clipped to, if it was given
 
     @property
     def penalised(self) -> list[Covered]:
@@ -74,9 +92,76 @@ class Coverage:
             ],
             right={3},
         )
+        rules = table(
+            ["rule", "penalty now", "parameters", "elements", "share", "|gradient|"],
+            [
+                [
+                    repr(rule.pattern),
+                    repr(rule.penalty),
+                    str(rule.parameters) + (f" ({rule.frozen} frozen)" if rule.frozen else ""),
+                    f"{rule.elements:,}",
+                    f"{100 * rule.share:.1f} %",
+                    "-" if rule.gradient_norm is None else f"{rule.gradient_norm:.3g}",
+                ]
+                for rule in self.rules
+            ],
+            right={2, 3, 4, 5},
+        )
         tail = [f"pattern {pattern!r} matches no parameter" for pattern in self.unmatched]
         tail += [f"sweep: {line}" for line in self.sweeps]
-        return "\n".join([head, "", body, *([""] if tail else []), *tail])
+        norms = [r.gradient_norm for r in self.rules if r.gradient_norm is not None]
+        if self.clip is not None and norms:
+            norm = math.hypot(*norms)
+            tail.append(
+                f"|gradient| of the penalty: {norm:.3g}; gradients are clipped to {self.clip:g}"
+            )
+        for rule in self.rules:
+            if rule.lost:
+                more = f" and {len(rule.lost) - 1} more" if len(rule.lost) > 1 else ""
+                tail.append(
+                    f"warning: rule {rule.pattern!r} adds less to the gradient of {rule.lost[0]}"
+                    f"{more} than its dtype resolves"
+                )
+        parts = [head, body, *([rules] if self.rules else []), *(["\n".join(tail)] if tail else [])]
+        return "\n\n".join(parts)
+
+
+def report_rules(
+    coverage: Coverage, rules: Mapping[str, Penalty], gradients: bool
+) -> list[RuleReport]:
+    """Each rule's share and, with `gradients`, the norm of its gradient, tensor by tensor."""
+    whole = max(sum(row.tensor.numel() for row in coverage.rows), 1)
+    found = []
+    for pattern, penalty in rules.items():
+        rows = [row for row in coverage.penalised if row.rule == pattern]
+        elements = sum(row.tensor.numel() for row in rows)
+        norm, lost = None, []
+        if gradients and FORMULAS[penalty.name].grad is not None:
+            squares = 0.0
+            for row in rows:
+                w = row.tensor.detach()
+                g = penalty.grad(w.to(compute_dtype(w.dtype)))
+                squares += g.double().square().sum().item()
+                if _rounds_away(row.tensor.grad, g):
+                    lost.append(row.name)
+            norm = math.sqrt(squares)
+        frozen = sum(not row.tensor.requires_grad for row in rows)
+        found.append(
+            RuleReport(
+                pattern, penalty, len(rows), frozen, elements, elements / whole, norm, tuple(lost)
+            )
+        )
+    return found
+
+
+def _rounds_away(grad: Tensor | None, addend: Tensor) -> bool:
+    """Whether most of grad + addend is grad again: the addend is under half of grad's last bit."""
+    if grad is None or grad.numel() == 0 or grad.is_sparse:
+        return False
+    added = (grad.to(addend.dtype) + addend).to(grad.dtype)
+    matters = addend != 0
+    same = (added == grad) & matters
+    return bool(same.sum() * 2 > matters.sum())
 
 
 def resolve(

@@ -33,6 +33,7 @@ def penalty(params: Params, penalty: Penalty) -> Tensor:
     Raises:
         TypeError, ValueError: a tensor that cannot be penalised, by name; a strength that is not a
             finite number >= 0.
+        RuntimeError: a tensor requires a gradient, and the penalty has none (L0).
         BackendError: the backend asked for by name cannot serve.
     """
     if not isinstance(penalty, Penalty):

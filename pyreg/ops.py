@@ -19,13 +19,15 @@ from torch import Tensor
 from . import reference, sweeps
 from .dispatch import choose
 from .pack import Pack, label, packs_for
-from .penalties import Penalty, rules_of, stack_strengths, unstack_strengths
+from .penalties import Penalty, check_differentiable, rules_of, stack_strengths, unstack_strengths
 
 _OPERANDS = "Tensor[] tensors, Tensor strengths, str[] penalties, int[] rule_of"
 
 
 def value(tensors: list[Tensor], rules: Sequence[Penalty], rule_of: Sequence[int]) -> Tensor:
     """Omega, as one op in the graph that is being traced."""
+    if torch.is_grad_enabled():
+        check_differentiable(rules, rule_of, tensors)
     strengths = stack_strengths(rules, tensors[0].device)
     names = [rule.name for rule in rules]
     return torch.ops.pyreg.value(tensors, strengths, names, list(rule_of))

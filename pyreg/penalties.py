@@ -1,16 +1,19 @@
 """The penalties as small frozen dataclasses: names, hyper-parameters and their checks.
 
 The maths is in `pyreg.reference`; the native forms are in `csrc/penalties.h` and
-`triton_kernels/penalties.py`. A strength is a number >= 0, or a 0-dim floating tensor of that range
-(a schedule that changes it in place, or a learnable strength, which then receives its gradient).
+`triton_kernels/penalties.py`. A strength is a number >= 0, or a 0-dim floating tensor of that
+range (one that is changed in place, or a learnable one, which then receives its gradient). A shape
+(MCP's gamma, Huber's delta, ...) is one too, but above a bound, and not learnable. Either may be a
+schedule, a callable of the optimizer step: a Regularizer takes its number at each.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from numbers import Real
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -22,9 +25,12 @@ from .reference import Strength
 PENALTIES: dict[str, type[Penalty]] = {}
 """Every penalty by name, in order of definition. Tests and benchmarks run over it."""
 
+_FLOAT32 = torch.finfo(torch.float32)
 
-def check_strength(name: str, s: Strength) -> Strength:
-    """`s` as a float, or as the tensor it is. Raises unless it is a finite number >= 0.
+
+def check_strength(name: str, s: Strength, above: float | None = None) -> Strength:
+    """`s` as a float, or as the tensor it is. Raises unless it is a finite number >= 0; or, for a
+    shape, one `above` a bound that is a normal float32, and not learnable.
 
     A tensor's number is looked at only where that costs no synchronisation (on the CPU).
     """
@@ -32,15 +38,17 @@ def check_strength(name: str, s: Strength) -> Strength:
         if s.ndim != 0 or not s.is_floating_point():
             got = f"{str(s.dtype).removeprefix('torch.')} {list(s.shape)}"
             raise TypeError(f"{name}: expected a number or a 0-dim floating tensor, got {got}")
+        if above is not None and s.requires_grad:
+            raise ValueError(f"{name}: has no gradient, got a tensor that requires one")
         if s.device.type == "cpu" and not torch.compiler.is_compiling():
-            _check_number(name, s.item())
+            _check_number(name, s.item(), above)
         return s
     if isinstance(s, bool) or not isinstance(s, Real | torch.SymFloat):
         raise TypeError(f"{name}: expected a number or a 0-dim floating tensor, got {s!r}")
     if isinstance(s, torch.SymFloat):
         return s
     s = _as_float(name, s)
-    _check_number(name, s)
+    _check_number(name, s, above)
     return s
 
 
@@ -56,7 +64,25 @@ def check_strengths(rules: Sequence[Penalty]) -> None:
     for rule in rules:
         for name, s in zip(rule.parameters, rule.strengths, strict=True):
             if isinstance(s, Tensor):
-                check_strength(f"{type(rule).__name__}.{name}", s)
+                rule._check(name, s)
+
+
+def check_differentiable(
+    rules: Sequence[Penalty], rule_of: Sequence[int], tensors: Sequence[Tensor]
+) -> None:
+    """Raise if the rule of a tensor that requires a gradient has none."""
+    without = {r for r, rule in enumerate(rules) if reference.FORMULAS[rule.name].grad is None}
+    if not without:
+        return
+    for r, t in zip(rule_of, tensors, strict=True):
+        if r in without and t.requires_grad:
+            raise _no_gradient(rules[r])
+
+
+def _no_gradient(penalty: Penalty) -> RuntimeError:
+    return RuntimeError(
+        f"{penalty!r} has no gradient: use prox, and its value only under torch.no_grad()"
+    )
 
 
 def check_scale(scale: Strength) -> None:
@@ -73,9 +99,12 @@ def check_scale(scale: Strength) -> None:
         raise ValueError(f"scale: expected a finite number, got {scale!r}")
 
 
-def _check_number(name: str, x: float) -> None:
-    if not 0 <= x < math.inf:  # (NaN is neither)
-        raise ValueError(f"{name}: expected a finite number >= 0, got {x!r}")
+def _check_number(name: str, x: float, above: float | None = None) -> None:
+    if above is None:
+        if not 0 <= x < math.inf:  # (NaN is neither)
+            raise ValueError(f"{name}: expected a finite number >= 0, got {x!r}")
+    elif not (above < x and _FLOAT32.tiny <= x <= _FLOAT32.max):
+        raise ValueError(f"{name}: expected a number > {above:g} within float32, got {x!r}")
 
 
 @dataclass(frozen=True)
@@ -83,29 +112,61 @@ class Penalty:
     """Omega(w), a function of a tensor's elements, with its strengths as fields."""
 
     name: ClassVar[str]
-    parameters: ClassVar[tuple[str, ...]]  # the names of its strengths
+    parameters: ClassVar[tuple[str, ...]]  # the names of its strengths, then of its shapes
+    above: ClassVar[Mapping[str, float]]  # what each shape must exceed
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, above: Mapping[str, float] = MappingProxyType({})) -> None:
         PENALTIES[cls.name] = cls
+        cls.above = above
         cls.parameters = tuple(cls.__annotations__)
 
     def __post_init__(self) -> None:
         for name in self.parameters:
-            s = check_strength(f"{type(self).__name__}.{name}", getattr(self, name))
-            object.__setattr__(self, name, s)
+            object.__setattr__(self, name, self._check(name, getattr(self, name)))
+
+    def _check(self, name: str, s: Strength) -> Strength:
+        if callable(s) and not isinstance(s, Tensor):  # known only once there is a step
+            return s
+        return check_strength(f"{type(self).__name__}.{name}", s, self.above.get(name))
 
     @property
     def strengths(self) -> tuple[Strength, ...]:
-        """The fields, in order."""
-        return tuple(getattr(self, name) for name in self.parameters)
+        """The fields, in order. Raises TypeError if one is a schedule."""
+        fields = tuple(getattr(self, name) for name in self.parameters)
+        for name, s in zip(self.parameters, fields, strict=True):
+            if callable(s) and not isinstance(s, Tensor):
+                raise TypeError(
+                    f"{type(self).__name__}.{name} is a schedule: take the penalty at a step with "
+                    ".at(step), or give it to a Regularizer, which counts steps"
+                )
+        return fields
+
+    def at(self, step: int) -> Penalty:
+        """This penalty with the numbers of its schedules at an optimizer step.
+
+        Raises:
+            ValueError, TypeError: a schedule returns what cannot be a strength.
+        """
+        numbers = {}
+        for name in self.parameters:
+            s = getattr(self, name)
+            if callable(s) and not isinstance(s, Tensor):
+                where = f"{type(self).__name__}.{name} at step {step}"
+                numbers[name] = check_strength(where, s(step), self.above.get(name))
+        return replace(self, **numbers) if numbers else self
 
     def value(self, w: Tensor) -> Tensor:
-        """Omega(w): 0-dim, float32 (float64 for a float64 `w`), differentiable."""
+        """Omega(w): 0-dim, float32 (float64 for a float64 `w`), differentiable unless L0's."""
         return reference.FORMULAS[self.name].value(w, *self.strengths)
 
     def grad(self, w: Tensor) -> Tensor:
-        """A (sub)gradient of Omega at `w`, with sign(0) = 0: shape and dtype of `w`."""
-        return reference.FORMULAS[self.name].grad(w, *self.strengths)
+        """A (sub)gradient of Omega at `w`, 0 at 0: shape and dtype of `w`.
+
+        Raises RuntimeError if there is none (L0).
+        """
+        if (formula := reference.FORMULAS[self.name].grad) is None:
+            raise _no_gradient(self)
+        return formula(w, *self.strengths)
 
     def prox(self, w: Tensor, step: float | Tensor) -> Tensor:
         """argmin_u Omega(u) + (u - w)^2 / (2 step), element by element: shape and dtype of `w`.
@@ -171,6 +232,140 @@ class ElasticNet(Penalty):
     l2: Strength
 
 
+@dataclass(frozen=True)
+class L0(Penalty):
+    """lam * sum [w != 0]
+
+    The number of weights that are not zero. It has a proximal step, hard thresholding, and no
+    gradient: asking for one raises.
+
+    Args:
+        lam: strength, >= 0.
+
+    Source: Blumensath & Davies (2008), "Iterative thresholding for sparse approximations".
+    """
+
+    name = "l0"
+    lam: Strength
+
+
+@dataclass(frozen=True)
+class LHalf(Penalty):
+    """lam * sum sqrt |w|
+
+    Sparser than L1, and large weights shrink less. The gradient lam sign(w) / (2 sqrt |w|) grows
+    without bound towards 0, where it is taken as 0: a proximal step does not have that edge.
+
+    Args:
+        lam: strength, >= 0.
+
+    Source: Xu, Chang, Xu & Zhang (2012), "L1/2 regularization: a thresholding representation
+    theory", of the objective (u - w)^2 + lam sqrt |u|, twice this one at step 1 and lam / 2.
+    """
+
+    name = "l_half"
+    lam: Strength
+
+
+@dataclass(frozen=True)
+class Huber(Penalty, above={"delta": 0.0}):
+    """lam * sum h(w), h(w) = w^2 / (2 delta) where |w| <= delta, else |w| - delta / 2
+
+    L1 with a rounded corner: differentiable at 0, so it makes small weights and no zeros.
+
+    Args:
+        lam: strength, >= 0: the slope of the linear part.
+        delta: where the linear part begins, > 0.
+
+    Source: Huber (1964), "Robust estimation of a location parameter", over delta.
+    """
+
+    name = "huber"
+    lam: Strength
+    delta: Strength
+
+
+@dataclass(frozen=True)
+class LogSum(Penalty, above={"eps": 0.0}):
+    """lam * sum log(1 + |w| / eps)
+
+    The slope at 0 is lam / eps, and falls to 0 for large weights. For small eps it counts weights.
+
+    Args:
+        lam: strength, >= 0.
+        eps: the size of a weight that counts as large, > 0.
+
+    Source: Candes, Wakin & Boyd (2008), "Enhancing sparsity by reweighted l1 minimization".
+    """
+
+    name = "log_sum"
+    lam: Strength
+    eps: Strength
+
+
+@dataclass(frozen=True)
+class MCP(Penalty, above={"gamma": 1.0}):
+    """sum of lam |w| - w^2 / (2 gamma) where |w| <= gamma lam, else gamma lam^2 / 2
+
+    The minimax concave penalty: L1 near 0, and no pull at all on weights beyond gamma lam.
+
+    Args:
+        lam: strength, >= 0: the slope at 0.
+        gamma: > 1; the larger, the more like L1. Up to a step of gamma the proximal objective is
+            convex; from there on the step is a hard threshold.
+
+    Source: Zhang (2010), "Nearly unbiased variable selection under minimax concave penalty".
+    """
+
+    name = "mcp"
+    lam: Strength
+    gamma: Strength
+
+
+@dataclass(frozen=True)
+class SCAD(Penalty, above={"a": 2.0}):
+    """sum of lam |w| where |w| <= lam, (2 a lam |w| - w^2 - lam^2) / (2 (a - 1)) where
+    |w| <= a lam, else (a + 1) lam^2 / 2
+
+    Smoothly clipped absolute deviation: L1 up to lam, and no pull on weights beyond a lam.
+
+    Args:
+        lam: strength, >= 0: the slope at 0.
+        a: > 2; the authors use 3.7.
+
+    Source: Fan & Li (2001), "Variable selection via nonconcave penalized likelihood and its oracle
+    properties".
+    """
+
+    name = "scad"
+    lam: Strength
+    a: Strength
+
+
+def closed_form(w_star: Tensor, hessian_diag: Tensor, penalty: Penalty) -> Tensor:
+    """argmin_w 1/2 sum h_i (w_i - w*_i)^2 + Omega(w), the penalised minimum of a quadratic loss
+
+    with minimum w* and diagonal Hessian h: the proximal step with a step 1 / h_i per element. For
+    L1(a) it is sign(w*) max(|w*| - a / h, 0), for L2(a / 2) it is h w* / (h + a).
+
+    Args:
+        w_star: where the loss alone is least; any shape.
+        hessian_diag: the loss's second derivatives there, > 0; broadcasts to `w_star`.
+        penalty: any penalty.
+
+    Returns:
+        Shape and dtype of `w_star`.
+
+    Raises:
+        ValueError: a second derivative that is not a number > 0.
+    """
+    if not (hessian_diag > 0).all():
+        raise ValueError(
+            f"hessian_diag: expected numbers > 0, got {hessian_diag[~(hessian_diag > 0)][0].item()}"
+        )
+    return penalty.prox(w_star, 1 / hessian_diag)
+
+
 def stack_strengths(
     rules: Sequence[Penalty], device: torch.device | str, width: int | None = None
 ) -> Tensor:
@@ -190,9 +385,12 @@ def stack_strengths(
 
 
 def unstack_strengths(names: Sequence[str], strengths: Tensor) -> list[tuple[Tensor, ...]]:
-    """Each rule's strengths, as 0-dim tensors."""
+    """Each rule's strengths and shapes, as 0-dim tensors; shapes are not learnable."""
     return [
-        tuple(row[k] for k in range(len(PENALTIES[name].parameters)))
+        tuple(
+            row[k].detach() if parameter in PENALTIES[name].above else row[k]
+            for k, parameter in enumerate(PENALTIES[name].parameters)
+        )
         for name, row in zip(names, strengths, strict=True)
     ]
 

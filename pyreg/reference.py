@@ -24,9 +24,10 @@ class Formula(NamedTuple):
     """A penalty's functions; strengths follow in the order of its class's fields."""
 
     value: Callable[..., Tensor]  # (w, *strengths) -> 0-dim
-    grad: Callable[..., Tensor]  # (w, *strengths) -> like w
+    grad: Callable[..., Tensor] | None  # (w, *strengths) -> like w; None if there is none
     prox: Callable[..., Tensor]  # (w, step, *strengths) -> like w
-    strength_grad: Callable[..., Tensor]  # (w, *strengths) -> [strengths] float64: dOmega/dstrength
+    # (w, *strengths) -> [learnable strengths] float64: dOmega/dstrength. Those come first.
+    strength_grad: Callable[..., Tensor]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -67,6 +68,18 @@ def sign(x: Tensor) -> Tensor:
 def soft_threshold(x: Tensor, t: Strength) -> Tensor:
     """S(x, t) = sign(x) max(|x| - t, 0)."""
     return sign(x) * (x.abs() - t).clamp_min(0)
+
+
+def _where_kept(kept: Tensor, x: Tensor) -> Tensor:
+    """x where kept, else 0, and NaN for NaN."""
+    return torch.where(kept | x.isnan(), x, 0)
+
+
+def _tensor(t: Strength, x: Tensor) -> Tensor:
+    """t as a tensor of x's dtype, on x's device."""
+    if isinstance(t, Tensor):
+        return t.to(device=x.device, dtype=x.dtype)
+    return torch.full((), t, dtype=x.dtype, device=x.device)  # (a copy would wait for the device)
 
 
 def l1_value(w: Tensor, lam: Strength) -> Tensor:
@@ -135,13 +148,224 @@ def elastic_net_strength_grad(w: Tensor, l1: Strength, l2: Strength) -> Tensor:
     return torch.stack([_total(x.abs()), _total(x.square())])
 
 
+def l0_value(w: Tensor, lam: Strength) -> Tensor:
+    """lam * sum [w != 0]"""
+    return _weigh(lam, _total(sign(_upcast(w)).abs())).to(value_dtype(w.dtype))
+
+
+def l0_prox(w: Tensor, step: Strength, lam: Strength) -> Tensor:
+    """w where |w| > sqrt(2 * step * lam), else 0"""
+    x = _upcast(w)
+    t = _tensor(2 * _strength(step, w) * _strength(lam, w), x)
+    return _where_kept(x.abs() > t.sqrt(), x).to(w.dtype)
+
+
+def l0_strength_grad(w: Tensor, lam: Strength) -> Tensor:
+    """[sum [w != 0]]"""
+    return _total(sign(_upcast(w)).abs())[None]
+
+
+def _root(x: Tensor) -> Tensor:
+    """sqrt |x|, of derivatives 0 at 0."""
+    return torch.where(x == 0, 0, torch.where(x == 0, 1, x.abs()).sqrt())
+
+
+def l_half_value(w: Tensor, lam: Strength) -> Tensor:
+    """lam * sum sqrt |w|"""
+    return _weigh(lam, _total(_root(_upcast(w)))).to(value_dtype(w.dtype))
+
+
+def l_half_grad(w: Tensor, lam: Strength) -> Tensor:
+    """lam * sign(w) / (2 * sqrt |w|), 0 at 0"""
+    x = _upcast(w)
+    root = torch.where(x == 0, 1, x.abs()).sqrt()
+    return (sign(x) * (_strength(lam, w) / (2 * root))).to(w.dtype)
+
+
+def l_half_prox(w: Tensor, step: Strength, lam: Strength) -> Tensor:
+    """With u = step * lam: 0 where |w| <= 1.5 u^(2/3), else
+    2/3 w (1 + cos(2/3 pi - 2/3 arccos(u/4 (|w|/3)^-1.5)))
+    """
+    x = _upcast(w)
+    u = _tensor(_strength(step, w) * _strength(lam, w), x)
+    kept = x.abs() > 1.5 * u.pow(2 / 3)
+    a = torch.where(kept, x.abs(), 1)
+    angle = (torch.where(kept, u, 0) / 4 * (a / 3).pow(-1.5)).arccos()
+    shrunk = x * (2 / 3 * (1 + (2 / 3 * (torch.pi - angle)).cos()))
+    return _where_kept(kept, torch.where(u == 0, x, shrunk)).to(w.dtype)
+
+
+def l_half_strength_grad(w: Tensor, lam: Strength) -> Tensor:
+    """[sum sqrt |w|]"""
+    return _total(_root(_upcast(w)))[None]
+
+
+def _huber_terms(w: Tensor, delta: Strength) -> Tensor:
+    """m^2 / (2 delta) + |w| - m with m = min(|w|, delta)"""
+    a, delta = _upcast(w).abs(), _strength(delta, w)
+    m = a.clamp_max(delta)
+    return m / 2 * (m / delta) + (a - m)
+
+
+def huber_value(w: Tensor, lam: Strength, delta: Strength) -> Tensor:
+    """lam * sum h(w), h = w^2 / (2 delta) where |w| <= delta, else |w| - delta / 2"""
+    return _weigh(lam, _total(_huber_terms(w, delta))).to(value_dtype(w.dtype))
+
+
+def huber_grad(w: Tensor, lam: Strength, delta: Strength) -> Tensor:
+    """lam * w / delta where |w| <= delta, else lam * sign(w)"""
+    return (_strength(lam, w) * (_upcast(w) / _strength(delta, w)).clamp(-1, 1)).to(w.dtype)
+
+
+def huber_prox(w: Tensor, step: Strength, lam: Strength, delta: Strength) -> Tensor:
+    """w / (1 + step lam / delta) where |w| <= delta + step lam, else w - step lam sign(w)"""
+    x, delta = _upcast(w), _strength(delta, w)
+    t = _strength(step, w) * _strength(lam, w)
+    return torch.where(x.abs() <= delta + t, x / (1 + t / delta), x - t * sign(x)).to(w.dtype)
+
+
+def huber_strength_grad(w: Tensor, lam: Strength, delta: Strength) -> Tensor:
+    """[sum h(w)]"""
+    return _total(_huber_terms(w, delta))[None]
+
+
+def log_sum_value(w: Tensor, lam: Strength, eps: Strength) -> Tensor:
+    """lam * sum log(1 + |w| / eps)"""
+    return _weigh(lam, log_sum_strength_grad(w, lam, eps)[0]).to(value_dtype(w.dtype))
+
+
+def log_sum_grad(w: Tensor, lam: Strength, eps: Strength) -> Tensor:
+    """lam * sign(w) / (|w| + eps)"""
+    x = _upcast(w)
+    return (sign(x) * (_strength(lam, w) / (x.abs() + _strength(eps, w)))).to(w.dtype)
+
+
+def log_sum_prox(w: Tensor, step: Strength, lam: Strength, eps: Strength) -> Tensor:
+    """The better of 0 and the stationary point u > 0 with (|w| - u) (u + eps) = step * lam:
+    u = (|w| - eps + sqrt(d)) / 2 = |w| - 2 step lam / (|w| + eps + sqrt(d)) with
+    d = (|w| + eps)^2 - 4 step lam, if d >= 0
+    """
+    x, eps = _upcast(w), _strength(eps, w)
+    a, t = x.abs(), _tensor(_strength(step, w) * _strength(lam, w), x)
+    p = 2 * t.sqrt() / (a + eps)  # d = (a + eps)^2 (1 - p^2)
+    cut = 2 * t / ((a + eps) * (1 + ((1 - p) * (1 + p)).clamp_min(0).sqrt()))
+    u = a - cut
+    beaten = t * torch.log1p(u.clamp_min(0) / eps) > u * (u / 2 + cut)
+    return _where_kept((p <= 1) & (u > 0) & ~beaten, sign(x) * u).to(w.dtype)
+
+
+def log_sum_strength_grad(w: Tensor, lam: Strength, eps: Strength) -> Tensor:
+    """[sum log(1 + |w| / eps)]"""
+    return _total(torch.log1p(_upcast(w).abs() / _strength(eps, w)))[None]
+
+
+def mcp_value(w: Tensor, lam: Strength, gamma: Strength) -> Tensor:
+    """sum of lam |w| - w^2 / (2 gamma) where |w| <= gamma lam, else gamma lam^2 / 2"""
+    lam, gamma = _strength(lam, w), _strength(gamma, w)
+    m = _upcast(w).abs().clamp_max(gamma * lam)
+    return _total(m * (lam - m / (2 * gamma))).to(value_dtype(w.dtype))
+
+
+def mcp_grad(w: Tensor, lam: Strength, gamma: Strength) -> Tensor:
+    """sign(w) * max(lam - |w| / gamma, 0)"""
+    x = _upcast(w)
+    return (sign(x) * (_strength(lam, w) - x.abs() / _strength(gamma, w)).clamp_min(0)).to(w.dtype)
+
+
+def mcp_prox(w: Tensor, step: Strength, lam: Strength, gamma: Strength) -> Tensor:
+    """step < gamma: S(w, step lam) / (1 - step / gamma) where |w| <= gamma lam, else w;
+    step >= gamma: w where |w| > lam sqrt(step gamma), else 0
+    """
+    x, lam, gamma = _upcast(w), _strength(lam, w), _strength(gamma, w)
+    t = _tensor(_strength(step, w), x)
+    firm = soft_threshold(x, t * lam) * (gamma / torch.where(t < gamma, gamma - t, 1))
+    firm = torch.where(x.abs() > gamma * lam, x, firm)
+    hard = _where_kept(x.abs() > lam * (t * gamma).sqrt(), x)
+    return torch.where(t < gamma, firm, hard).to(w.dtype)
+
+
+def mcp_strength_grad(w: Tensor, lam: Strength, gamma: Strength) -> Tensor:
+    """[sum min(|w|, gamma lam)]"""
+    return _total(_upcast(w).abs().clamp_max(_strength(gamma, w) * _strength(lam, w)))[None]
+
+
+def _scad_parts(w: Tensor, lam: Strength, a: Strength) -> tuple[Tensor, Tensor]:
+    """m = min(|w|, a lam), and by how much it exceeds lam"""
+    m = _upcast(w).abs().clamp_max(a * lam)
+    return m, (m - lam).clamp_min(0)
+
+
+def scad_value(w: Tensor, lam: Strength, a: Strength) -> Tensor:
+    """sum of lam |w| where |w| <= lam, (2 a lam |w| - w^2 - lam^2) / (2 (a - 1)) where
+    |w| <= a lam, else (a + 1) lam^2 / 2
+    """
+    lam, a = _strength(lam, w), _strength(a, w)
+    m, over = _scad_parts(w, lam, a)
+    return _total(lam * m - over * over / (2 * (a - 1))).to(value_dtype(w.dtype))
+
+
+def scad_grad(w: Tensor, lam: Strength, a: Strength) -> Tensor:
+    """sign(w) * (lam where |w| <= lam, (a lam - |w|) / (a - 1) where |w| <= a lam, else 0)"""
+    x, lam, a = _upcast(w), _strength(lam, w), _strength(a, w)
+    return (sign(x) * ((a * lam - x.abs()) / (a - 1)).clamp_min(0).clamp_max(lam)).to(w.dtype)
+
+
+def scad_prox(w: Tensor, step: Strength, lam: Strength, a: Strength) -> Tensor:
+    """step < a - 1: S(w, step lam) where |w| <= lam (1 + step),
+    ((a - 1) w - sign(w) a step lam) / (a - 1 - step) where |w| <= a lam, else w;
+    step >= a - 1: w where |w| > tie, else S(w, step lam): equally good at
+    tie = lam (a + 1 + step) / 2 if step < a + 1, else lam sqrt(step (a + 1))
+    """
+    x, lam, a = _upcast(w), _strength(lam, w), _strength(a, w)
+    t = _tensor(_strength(step, w), x)
+    soft = soft_threshold(x, t * lam)
+    middle = x - sign(x) * (t / torch.where(t < a - 1, a - 1 - t, 1) * (a * lam - x.abs()))
+    middle = torch.where(x.abs() > a * lam, x, middle)
+    small = torch.where(x.abs() > lam * (1 + t), middle, soft)
+    tie = lam * torch.where(t < a + 1, (a + 1 + t) / 2, (t * (a + 1)).sqrt())
+    large = torch.where(x.abs() > tie, x, soft)
+    return torch.where(t < a - 1, small, large).to(w.dtype)
+
+
+def scad_strength_grad(w: Tensor, lam: Strength, a: Strength) -> Tensor:
+    """[sum of min(|w|, a lam) + (min(max(|w|, lam), a lam) - lam) / (a - 1)]"""
+    lam, a = _strength(lam, w), _strength(a, w)
+    m, over = _scad_parts(w, lam, a)
+    return _total(m + over / (a - 1))[None]
+
+
 FORMULAS: dict[str, Formula] = {
     "l1": Formula(l1_value, l1_grad, l1_prox, l1_strength_grad),
     "l2": Formula(l2_value, l2_grad, l2_prox, l2_strength_grad),
     "elastic_net": Formula(
         elastic_net_value, elastic_net_grad, elastic_net_prox, elastic_net_strength_grad
     ),
+    "l0": Formula(l0_value, None, l0_prox, l0_strength_grad),
+    "l_half": Formula(l_half_value, l_half_grad, l_half_prox, l_half_strength_grad),
+    "huber": Formula(huber_value, huber_grad, huber_prox, huber_strength_grad),
+    "log_sum": Formula(log_sum_value, log_sum_grad, log_sum_prox, log_sum_strength_grad),
+    "mcp": Formula(mcp_value, mcp_grad, mcp_prox, mcp_strength_grad),
+    "scad": Formula(scad_value, scad_grad, scad_prox, scad_strength_grad),
 }
+
+
+def metric_step(
+    moment: Tensor | None,
+    numerator: Strength,
+    factor: Strength,
+    offset: Strength,
+    root: bool,
+    dtype: torch.dtype,
+) -> Strength:
+    """numerator / (factor * root(moment) + offset), in the compute dtype of `dtype`.
+
+    root: the square root, or the moment itself. The numerator alone, without a moment.
+    """
+    if moment is None:
+        return numerator
+    d = moment.to(compute_dtype(dtype))
+    d = d.sqrt() if root else d
+    return _strength(numerator, d) / (_strength(factor, d) * d + _strength(offset, d))
 
 
 def stats(w: Tensor) -> Tensor:

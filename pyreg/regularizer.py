@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from . import autograd, ops, sweeps
-from .coverage import Coverage, Covered, resolve
+from .attachment import Attachment, Mode
+from .coverage import Coverage, Covered, report_rules, resolve
 from .dispatch import choose
+from .metric import Metric
 from .pack import Packs, check, check_gradient, check_memory, label
-from .penalties import Penalty, check_scale, check_strength
+from .penalties import (
+    Penalty,
+    check_differentiable,
+    check_scale,
+    check_strength,
+    check_strengths,
+)
 from .stats import Stats
 
 _requires_grad = attrgetter("requires_grad")
@@ -22,6 +32,9 @@ class _Group:
     """Some of the covered parameters, with the packs of their sweeps."""
 
     def __init__(self, covered: Sequence[Covered], patterns: Sequence[str], kinds: Sequence[str]):
+        self.covered = covered
+        self.part: _Group = self
+        self.part_flags: list[bool] = []
         self.names = [row.name for row in covered]
         self.tensors = [row.tensor for row in covered]
         self.packs = Packs(tuple(kinds), [patterns.index(row.rule) for row in covered])
@@ -77,9 +90,11 @@ class Regularizer:
             _check_pattern(pattern, "exclude")
         self.include_frozen = include_frozen
         self.strict = strict
-        self._penalties = tuple(self.rules.values())
+        self.step = 0
         self._model = model if isinstance(model, nn.Module) else None
         self._pairs = [] if self._model is not None else _pairs(model)
+        self._attachment: Attachment | None = None
+        self.last_value: Tensor | None = None
         self._resolve()
 
     def __call__(self) -> Tensor:
@@ -112,24 +127,12 @@ class Regularizer:
             The value, as from calling the regularizer, detached.
 
         Raises:
-            RuntimeError: no parameter at all has a gradient, so that nothing was added.
+            RuntimeError: no parameter at all has a gradient, so that nothing was added; or the
+                penalty of one has none (L0).
             TypeError, ValueError: a scale that is not a finite number; a gradient that cannot be
                 its parameter's, by name. Nothing was written then.
         """
-        check_scale(scale)
-        group = self._active()
-        if not group.tensors:
-            return self._zero()
-        if create_grads:
-            for i, t in enumerate(group.tensors):
-                if t.grad is not None:
-                    check_gradient(t.grad, t, group.label(i))
-            for t in group.tensors:
-                if t.grad is None:
-                    t.grad = torch.zeros_like(t)
-        value, present = sweeps.accumulate(
-            group.packs, group.tensors, self._penalties, scale, group.label
-        )
+        value, present = self._accumulate(scale, create_grads)
         if present == 0:
             raise RuntimeError(
                 "accumulate_: no penalised parameter has a gradient; call it after backward(), or "
@@ -155,6 +158,142 @@ class Regularizer:
         if group.tensors:
             sweeps.prox(group.packs, group.tensors, self._penalties, step, group.label)
 
+    def attach(
+        self, optimizer: Optimizer, mode: Mode = "grad", metric: str = "optimizer"
+    ) -> Attachment:
+        """From now on, penalise in every `optimizer.step()`: once per step, whatever led to it.
+
+        mode="grad" adds the penalty's gradient to each `.grad` before the step: after gradients
+        were accumulated over micro-batches, unscaled and clipped, so that the penalty is counted
+        once and never clipped. Where the optimizer unscales gradients itself (`grad_scale`, set by
+        a GradScaler), the penalty's is scaled like them. mode="prox" takes the proximal step after
+        the step, which makes exact zeros where the penalty has a kink:
+
+            w = argmin_u Omega(u) + 1 / (2 lr) * sum_i D_i (u_i - w_i)^2
+
+        metric="optimizer": D is the optimizer's own, from its live state (see `pyreg.metric`), so
+        that the fixed point solves the stated problem. metric="identity": D = 1, the decoupled
+        form; under an adaptive optimizer weight i is then penalised with strength lam * D_i.
+
+        Each param group's own lr counts; a step that a GradScaler skips changes nothing, and a
+        parameter without a gradient is left alone. `last_value` then holds the latest value. Not
+        to be combined with reg() in the loss, which would count twice.
+
+        Args:
+            optimizer: one of torch.optim, or with the same step hooks. It must hold every penalised
+                parameter that is not frozen.
+
+        Returns:
+            The attachment, whose `detach()` ends it, as `Regularizer.detach()` does.
+
+        Raises:
+            ValueError: already attached; a penalised parameter (named) is not the optimizer's; an
+                unknown mode or metric; LBFGS.
+            TypeError: no optimizer, or one without step hooks.
+
+        Source: Yun, Lozano, Yang (2021), "Adaptive proximal gradient methods for structured neural
+        networks"; Duchi & Singer (2009), "Efficient online and batch learning using forward
+        backward splitting", for D = 1.
+        """
+        if self._attachment is not None:
+            raise ValueError(
+                f"already attached to {type(self._attachment.optimizer).__name__}; detach() first"
+            )
+        self._attachment = Attachment(self, optimizer, mode, metric)
+        return self._attachment
+
+    def detach(self) -> None:
+        """End what `attach` began; without it, nothing happens."""
+        if self._attachment is not None:
+            self._attachment.detach()
+            self._attachment = None
+
+    def advance(self) -> None:
+        """Count an optimizer step, for strengths that are schedules; an attached one does it."""
+        self.step += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: the step, and the numbers of strengths that are tensors.
+
+        Strengths that are numbers and schedules belong to the program, as rules do.
+        """
+        tensors = {
+            pattern: {
+                name: s.detach().clone()
+                for name in rule.parameters
+                if isinstance(s := getattr(rule, name), Tensor)
+            }
+            for pattern, rule in self.rules.items()
+        }
+        return {"step": self.step, "strengths": tensors}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict()`: the step, and strengths that are tensors, in place.
+
+        Raises:
+            ValueError: it is of other rules; nothing was changed then.
+        """
+        own, saved = self.state_dict()["strengths"], state["strengths"]
+        if {p: set(own[p]) for p in own} != {p: set(saved[p]) for p in saved}:
+            raise ValueError(
+                f"state_dict of other rules: expected tensors {_names(own)}, got {_names(saved)}"
+            )
+        with torch.no_grad():
+            for pattern, names in saved.items():
+                for name, number in names.items():
+                    getattr(self.rules[pattern], name).copy_(number)
+        self.step = int(state["step"])
+
+    @property
+    def _penalties(self) -> tuple[Penalty, ...]:
+        """The rules' penalties with their strengths now."""
+        return tuple(rule.at(self.step) for rule in self.rules.values())
+
+    def trainable(self) -> list[tuple[str, Tensor]]:
+        """(name, parameter) of what is penalised now: covered, and not frozen."""
+        group = self._active()
+        return list(zip(group.names, group.tensors, strict=True))
+
+    def check_differentiable(self) -> None:
+        """Raise RuntimeError if a parameter is penalised now by what has no gradient (L0)."""
+        group = self._active()
+        check_differentiable(tuple(self.rules.values()), group.packs.rule_of, group.tensors)
+
+    def check_strengths(self) -> None:
+        """Raise ValueError or TypeError if a strength is bad by now: a schedule's, or a tensor."""
+        check_strengths(self._penalties)
+
+    def _accumulate(self, scale: float | Tensor, create_grads: bool = False) -> tuple[Tensor, int]:
+        """The value, and how many gradients were added to."""
+        check_scale(scale)
+        group = self._active()
+        if not group.tensors:
+            return self._zero(), 1
+        self.check_differentiable()
+        if create_grads:
+            for i, t in enumerate(group.tensors):
+                if t.grad is not None:
+                    check_gradient(t.grad, t, group.label(i))
+            for t in group.tensors:
+                if t.grad is None:
+                    t.grad = torch.zeros_like(t)
+        value, present = sweeps.accumulate(
+            group.packs, group.tensors, self._penalties, scale, group.label
+        )
+        self.last_value = value
+        return value, present
+
+    def _prox(self, metric: Callable[[Tensor], Metric | None]) -> None:
+        """The proximal step in each parameter's metric; one without a metric is left alone."""
+        group = self._active()
+        metrics = [metric(t) for t in group.tensors]
+        group = self._part(group, [m is not None for m in metrics])
+        if group.tensors:
+            found = [m for m in metrics if m is not None]
+            self.last_value = sweeps.prox_in_metric(
+                group.packs, group.tensors, found, self._penalties, group.label
+            )
+
     def stats(self) -> Stats:
         """sum |w|, sum w^2, max |w|, zeros and non-finite elements of every covered parameter.
 
@@ -165,8 +304,15 @@ class Regularizer:
         table = sweeps.stats(group.packs, group.tensors, group.label)
         return Stats(list(group.names), [t.numel() for t in group.tensors], table)
 
-    def report(self) -> Coverage:
-        """Every parameter of the model: its rule or why it has none, aliases, sweeps; as data."""
+    def report(self, *, gradients: bool = False, clip: float | None = None) -> Coverage:
+        """Every parameter and rule, as data: who is covered, aliases, strengths now, sweeps.
+
+        Args:
+            gradients: also measure the norm of each rule's gradient (lam * sqrt(elements) for L1),
+                and list the parameters whose `.grad` is of a dtype too coarse to hold what the rule
+                adds. Takes some passes over the parameters.
+            clip: the norm that gradients are clipped to, to be shown beside it.
+        """
         self._refresh()
         group = self._covered
         lines = []
@@ -174,7 +320,10 @@ class Regularizer:
             backend, reason = choose(pack)
             because = f" ({reason})" if reason else ""
             lines.append(f"{len(pack.rows)} tensors on {pack.device}: {backend.name}{because}")
-        return Coverage(self._coverage.rows, self._coverage.unmatched, lines)
+        now = dict(zip(self.rules, self._penalties, strict=True))
+        found = self._coverage
+        rules = report_rules(found, now, gradients)
+        return Coverage(found.rows, found.unmatched, rules, lines, clip)
 
     def __repr__(self) -> str:
         return str(self.report())
@@ -190,12 +339,11 @@ class Regularizer:
             check(row.tensor, label(i, row.name))
             check_memory(row.tensor, label(i, row.name))
         self._covered = self._group(covered)
-        self._active_flags: list[bool] = []
         names = [name for row in covered for name in (row.name, *row.aliases)]
         self._slots = [] if self._model is None else _slots(self._model, names)
 
     def _group(self, covered: Sequence[Covered]) -> _Group:
-        return _Group(covered, list(self.rules), [penalty.name for penalty in self._penalties])
+        return _Group(covered, list(self.rules), [rule.name for rule in self.rules.values()])
 
     def _refresh(self) -> None:
         """Resolve again if the module holds other parameters by now."""
@@ -209,13 +357,15 @@ class Regularizer:
         self._refresh()
         if self.include_frozen:
             return self._covered
-        flags = list(map(_requires_grad, self._covered.tensors))
-        if flags != self._active_flags:
-            covered = self._coverage.penalised
-            chosen = [row for row, flag in zip(covered, flags, strict=True) if flag]
-            self._active_group = self._covered if all(flags) else self._group(chosen)
-            self._active_flags = flags
-        return self._active_group
+        return self._part(self._covered, list(map(_requires_grad, self._covered.tensors)))
+
+    def _part(self, group: _Group, flags: list[bool]) -> _Group:
+        """The flagged members of a group; the last answer for each group is kept."""
+        if group.part_flags != flags:
+            chosen = [row for row, flag in zip(group.covered, flags, strict=True) if flag]
+            group.part = group if all(flags) else self._group(chosen)
+            group.part_flags = flags
+        return group.part
 
     def _traced(self) -> Tensor:
         """The value while torch.compile traces: no caches; it guards the module's parameters."""
@@ -248,6 +398,10 @@ def _slots(model: nn.Module, names: Iterable[str]) -> list[tuple[dict, str, obje
             module = module._modules[key]
         slots[id(module), last] = (module._parameters, last, module._parameters[last])
     return list(slots.values())
+
+
+def _names(strengths: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[str]]:
+    return {pattern: list(names) for pattern, names in strengths.items()}
 
 
 def _check_pattern(pattern: object, where: str) -> None:

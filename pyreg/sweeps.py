@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import choose
+from .metric import Metric, check_moment
 from .pack import GradientMismatch, Label, Pack, Packs, check_gradient, check_writable
 from .penalties import Penalty, check_strengths
 
@@ -107,6 +108,38 @@ def prox(
             backend.prox(pack, rows, rules, step)
 
     packs.run(sweep, tensors, label)
+
+
+def prox_in_metric(
+    packs: Packs,
+    tensors: list[Tensor],
+    metrics: Sequence[Metric],
+    rules: Sequence[Penalty],
+    label: Label,
+) -> Tensor:
+    """w = prox(w, each element's step in its row's metric), in place. Reads 2 N, writes N.
+
+    Returns the value of the new weights.
+    """
+    check_strengths(rules)
+
+    def sweep(current: list[Pack]) -> Tensor:
+        chosen = _prepare(current, tensors)
+        for i, t in enumerate(tensors):
+            check_moment(metrics[i], t, label(i))
+        for pack, _, rows in chosen:
+            if pack.irregular is not None:
+                for i, t in zip(pack.rows, rows, strict=True):
+                    check_writable(t, label(i))
+        return add_values(
+            [
+                backend.prox_in_metric(pack, rows, pack.take(metrics), rules)
+                for pack, backend, rows in chosen
+            ],
+            packs.value_dtype,
+        )
+
+    return packs.run(sweep, tensors, label)
 
 
 def stats(packs: Packs, tensors: list[Tensor], label: Label) -> Tensor:

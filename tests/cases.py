@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyreg.penalties import PENALTIES, Penalty
+from pyreg.reference import FORMULAS
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CHUNK = 4096  # csrc/table.h: kChunk
@@ -22,17 +23,29 @@ LANES = 256  # csrc/cpu/kernels.cpp: kLanes
 SEGMENTS = 4096  # csrc/table.h: kSegments
 TRITON_CHUNKS = (512, 1024, 2048)  # triton_kernels/sweeps.py: CHUNK, or half, by the dtype's size
 
-# Example strengths by penalty. 0 is allowed; 1e-3 is no float32; each penalty has at least one set.
+# Example strengths (and shapes) by penalty. 0 is allowed as a strength; 1e-3 is no float32; each
+# penalty has at least one set. Weights are about 0.5, so each branch is met.
 STRENGTHS: dict[str, tuple[tuple[float, ...], ...]] = {
     "l1": ((1e-3,),),
     "l2": ((0.37,),),
     "elastic_net": ((1e-3, 0.2), (0.3, 0.0), (0.0, 1e-2)),
+    "l0": ((0.07,),),
+    "l_half": ((0.05,),),
+    "huber": ((0.3, 0.1), (1e-3, 2.0)),
+    "log_sum": ((0.1, 0.2), (0.0, 1e-3)),
+    "mcp": ((0.3, 1.5), (1e-3, 30.0)),
+    "scad": ((0.15, 3.7), (0.4, 2.5)),
 }
 
 
 def penalties() -> list[Penalty]:
     """Every registered penalty at every set of example strengths."""
     return [cls(*s) for name, cls in PENALTIES.items() for s in STRENGTHS[name]]
+
+
+def differentiable() -> list[Penalty]:
+    """Those that have a gradient."""
+    return [penalty for penalty in penalties() if FORMULAS[penalty.name].grad is not None]
 
 
 def fill(

@@ -94,12 +94,12 @@ class Place:
     ) -> Sweeps:
         return Sweeps(tensors, rules, rule_of, self.backend)
 
-    def rounds_twice(self, penalty: Penalty, dtype: torch.dtype) -> bool:
+    def rounds_twice(self, dtype: torch.dtype) -> bool:
         """Whether l1 + 2 l2 w may be off by two roundings from the oracle's.
 
         In float64 the oracle itself rounds twice; the interpreter's tl.fma is a product and a sum.
         """
-        return len(penalty.strengths) > 1 and (dtype == torch.float64 or interpreted())
+        return dtype == torch.float64 or interpreted()
 
     def missing(self) -> str | None:
         """Why this backend cannot sweep tensors of this device here, or None."""

@@ -6,26 +6,47 @@ import itertools
 
 import pytest
 import torch
-from cases import IRREGULAR, REGULAR, penalties
+from cases import IRREGULAR, REGULAR, differentiable
 from torch import nn
 
 import pyreg
 
-PENALTY = pytest.mark.parametrize("penalty", penalties(), ids=repr)
+PENALTY = pytest.mark.parametrize("penalty", differentiable(), ids=repr)
 NET = pyreg.ElasticNet(1e-3, 0.2)
 
 
 def loop(params, penalty):
     """What pyreg replaces: a sum over parameters in plain torch."""
-    l1, l2 = {
-        "l1": lambda: (penalty.lam, 0),
-        "l2": lambda: (0, penalty.lam),
-        "elastic_net": lambda: (penalty.l1, penalty.l2),
-    }[penalty.name]()
-    total = 0
-    for p in params:
-        total = total + l1 * torch.sum(torch.abs(p)) + l2 * torch.sum(p**2)
-    return total
+    first, second = (*penalty.strengths, None)[:2]
+    term = {
+        "l1": lambda p: first * torch.sum(torch.abs(p)),
+        "l2": lambda p: first * torch.sum(p**2),
+        "elastic_net": lambda p: first * torch.sum(torch.abs(p)) + second * torch.sum(p**2),
+        "l_half": lambda p: first * torch.sum(p[p != 0].abs() ** 0.5),
+        "huber": lambda p: (
+            first / second * nn.functional.huber_loss(p, 0 * p, reduction="sum", delta=second)
+        ),
+        "log_sum": lambda p: first * torch.sum(torch.log(1 + torch.abs(p) / second)),
+        "mcp": lambda p: sum(_mcp(abs(x), first, second) for x in p.flatten()),
+        "scad": lambda p: sum(_scad(abs(x), first, second) for x in p.flatten()),
+    }[penalty.name]
+    return sum(map(term, params))
+
+
+def _mcp(x, lam, gamma):
+    return lam * x - x * x / (2 * gamma) if x <= gamma * lam else 0 * x + gamma * lam * lam / 2
+
+
+def _scad(x, lam, a):
+    if x <= lam:
+        return lam * x
+    if x <= a * lam:
+        return (2 * a * lam * x - x * x - lam * lam) / (2 * (a - 1))
+    return 0 * x + (a + 1) * lam * lam / 2
+
+
+def learnable(penalty) -> list[bool]:
+    return [name not in penalty.above for name in penalty.parameters]
 
 
 def model(dtype=torch.float64) -> nn.Module:
@@ -45,14 +66,15 @@ def leaves(*shapes: int, dtype=torch.float64) -> list[torch.Tensor]:
 
 @PENALTY
 def test_equals_the_loop(backend, penalty):
-    """Value, and every gradient, to the rounding of float64 (about 100 terms: 1e-14 relative)."""
+    """Value, and every gradient, to the rounding of float64 (about 100 terms, of up to 3 times the
+    value: 3e-14 relative; up to 6 roundings of a gradient, and those of the loop)."""
     ours, theirs = model(), model()
     value, expected = pyreg.penalty(ours, penalty), loop(theirs.parameters(), penalty)
-    torch.testing.assert_close(value, expected, rtol=1e-14, atol=0)
+    torch.testing.assert_close(value, expected, rtol=3e-14, atol=0)
     value.backward()
     expected.backward()
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-15, atol=1e-16)
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-14, atol=1e-16)
 
 
 def test_the_functions_are_penalties():
@@ -116,7 +138,7 @@ def test_autograd_grad(backend, penalty):
     tensors = leaves(3, 5)
     grads = torch.autograd.grad(pyreg.penalty(tensors, penalty), tensors)
     for t, g in zip(tensors, grads, strict=True):
-        torch.testing.assert_close(g, penalty.grad(t.detach()), rtol=1e-15, atol=1e-16)
+        torch.testing.assert_close(g, penalty.grad(t.detach()), rtol=4e-15, atol=1e-16)
         assert t.grad is None
     (only,) = torch.autograd.grad(pyreg.penalty(tensors, penalty), tensors[1:])
     assert torch.equal(only, grads[1])
@@ -140,7 +162,8 @@ def test_double_backward(backend, penalty):
     """gradcheck and gradgradcheck of the whole call, in tensors and in strengths."""
     names = penalty.parameters
     strengths = [
-        torch.tensor(s + 0.1, dtype=torch.float64, requires_grad=True) for s in penalty.strengths
+        torch.tensor(s + 0.1, dtype=torch.float64, requires_grad=by)
+        for s, by in zip(penalty.strengths, learnable(penalty), strict=True)
     ]
 
     def function(a, b, *strengths):
@@ -271,20 +294,50 @@ def test_func_refuses_what_the_loop_refuses():
 
 @PENALTY
 def test_learnable_strengths(backend, penalty):
-    """d/d strength of the penalty is its Omega: |w|_1 and |w|_2^2, scaled like everything else."""
+    """d/d strength of the penalty, which where it is a factor is Omega itself; scaled like all."""
     tensors = leaves(30, 5)
     strengths = [
-        torch.tensor(s, dtype=torch.float64, requires_grad=True) for s in penalty.strengths
+        torch.tensor(s, dtype=torch.float64, requires_grad=by)
+        for s, by in zip(penalty.strengths, learnable(penalty), strict=True)
     ]
     own = type(penalty)(*strengths)
     (3 * pyreg.penalty(tensors, own)).backward()
-    l1 = sum(t.detach().abs().sum() for t in tensors)
-    l2 = sum(t.detach().square().sum() for t in tensors)
-    omegas = {"l1": [l1], "l2": [l2], "elastic_net": [l1, l2]}[penalty.name]
-    for s, omega in zip(strengths, omegas, strict=True):
-        torch.testing.assert_close(s.grad, 3 * omega, rtol=1e-14, atol=0)
+    (total,) = torch.autograd.grad(loop([t.detach() for t in tensors], own), strengths[:1])
+    torch.testing.assert_close(strengths[0].grad, 3 * total, rtol=1e-14, atol=0)
+    if penalty.name == "elastic_net":
+        squares = sum(t.detach().square().sum() for t in tensors)
+        torch.testing.assert_close(strengths[1].grad, 3 * squares, rtol=1e-14, atol=0)
     for t in tensors:
-        torch.testing.assert_close(t.grad, 3 * penalty.grad(t.detach()), rtol=1e-15, atol=1e-16)
+        torch.testing.assert_close(t.grad, 3 * penalty.grad(t.detach()), rtol=4e-15, atol=1e-16)
+
+
+def test_a_penalty_without_a_gradient(backend):
+    """L0: its value without a graph, its proximal step, and an error that names it for the rest,
+    before anything is written; also as one rule among others, and while torch.compile traces."""
+    net, l0 = model(), pyreg.L0(0.5)
+    weights = [p.detach().clone() for p in net.parameters()]
+    with torch.no_grad():
+        assert pyreg.penalty(net, l0).item() == 0.5 * sum((w != 0).sum() for w in weights)
+    reg = pyreg.Regularizer(net, {"0.*": pyreg.L1(0.1), "*": l0})
+    for call in (
+        lambda: pyreg.penalty(net, l0),
+        reg,
+        lambda: reg.accumulate_(create_grads=True),
+        lambda: l0.grad(weights[0]),
+        lambda: torch.func.grad(lambda w: pyreg.penalty([w], l0))(weights[0]),
+    ):
+        with pytest.raises(RuntimeError, match=r"L0\(lam=0.5\) has no gradient"):
+            call()
+    assert all(p.grad is None for p in net.parameters())
+    compiled = torch.compile(lambda: pyreg.penalty(net, l0), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="has no gradient"):
+        compiled()
+    lam = torch.tensor(0.5, requires_grad=True)
+    pyreg.penalty(weights, pyreg.L0(lam)).backward()
+    assert lam.grad == sum((w != 0).sum() for w in weights)
+    pyreg.Regularizer(net, l0).prox_(0.01)
+    for p, w in zip(net.parameters(), weights, strict=True):
+        assert torch.equal(p.detach(), torch.where(w.abs() > 0.1, w, 0))
 
 
 def test_a_learnable_strength_of_frozen_tensors(backend):

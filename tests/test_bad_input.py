@@ -152,6 +152,33 @@ def test_a_bad_strength(bad, error):
             call()
 
 
+@pytest.mark.parametrize(
+    ("make", "field", "bound"),
+    [
+        (lambda x: pyreg.MCP(1.0, x), "MCP.gamma", 1.0),
+        (lambda x: pyreg.SCAD(1.0, x), "SCAD.a", 2.0),
+        (lambda x: pyreg.Huber(1.0, x), "Huber.delta", 0.0),
+        (lambda x: pyreg.LogSum(1.0, x), "LogSum.eps", 0.0),
+    ],
+)
+def test_a_bad_shape(make, field, bound):
+    """At its bound, below it, NaN, infinite, beyond float32, or a tensor that wants a gradient."""
+    for bad in (bound, bound - 1, math.nan, math.inf, 1e39, 1e-39, torch.tensor(bound)):
+        with pytest.raises(ValueError, match=f"{field}: expected a number > {bound:g}"):
+            make(bad)
+    with pytest.raises(ValueError, match=f"{field}: has no gradient"):
+        make(torch.tensor(bound + 1, requires_grad=True))
+    with pytest.raises(TypeError, match=f"{field}: expected a number"):
+        make("3")
+    x = torch.tensor(bound + 1)
+    reg = pyreg.Regularizer([("w", torch.ones(3, requires_grad=True))], make(x))
+    assert reg().item() == pytest.approx(make(bound + 1).value(torch.ones(3)).item())
+    x.fill_(bound)
+    for call in (reg, reg.accumulate_, lambda: reg.prox_(0.1)):
+        with pytest.raises(ValueError, match=f"{field}: expected a number > {bound:g}"):
+            call()
+
+
 def test_numbers_that_are_good_strengths():
     """0, integers, and what numpy calls a number."""
     np = pytest.importorskip("numpy")

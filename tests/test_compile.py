@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import penalties
+from cases import differentiable
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -31,7 +31,7 @@ def gradients(net: nn.Module) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("penalty", penalties(), ids=repr)
+@pytest.mark.parametrize("penalty", differentiable(), ids=repr)
 def test_fullgraph(penalty):
     """penalty() traces without a break; value and gradients are those of eager mode."""
     net = model()
@@ -153,6 +153,18 @@ def operands(*, strengths_grad: bool) -> tuple:
         [[0.5, 0.0], [0.25, 0.125]], dtype=torch.float64, requires_grad=strengths_grad
     )
     return tensors, strengths, ["l1", "elastic_net"], [0, 1, 1]
+
+
+def test_a_learnable_strength_beside_a_shape():
+    """MCP's lam gets its gradient; its gamma is a tensor too inside the op, and gets none."""
+    w, lam = torch.tensor([0.5, -3.0]), torch.tensor(1.0, requires_grad=True)
+    compiled = torch.compile(
+        lambda: pyreg.penalty([w], pyreg.MCP(lam, 2.0)), fullgraph=True, backend="aot_eager"
+    )
+    compiled().backward()
+    assert lam.grad == 0.5 + 2.0
+    strengths = torch.tensor([[1.0, 2.0]], dtype=torch.float64, requires_grad=True)
+    torch.library.opcheck(torch.ops.pyreg.value, ([w], strengths, ["mcp"], [0]))
 
 
 @pytest.mark.parametrize("strengths_grad", [False, True])

@@ -19,6 +19,7 @@ PACKAGE = Path(pyreg.__file__).parent
 LAYERS = [
     ["cli", "__main__", "demo", "doctor", "profiling"],  # (these may import one another)
     ["regularizer"],
+    ["attachment"],
     ["functional"],
     ["autograd"],
     ["ops"],
@@ -27,7 +28,7 @@ LAYERS = [
     ["backend.native", "backend.triton"],
     ["backend.cuda"],
     ["backend.torch"],
-    ["pack", "coverage", "stats"],
+    ["pack", "coverage", "stats", "priors", "metric", "schedules"],
     ["penalties", "text"],
     ["reference"],
     ["_native", "_cuda"],
@@ -79,10 +80,13 @@ def is_module(name: str) -> bool:
 
 
 def imports(file: Path) -> set[str]:
-    """The modules of pyreg that a file imports, wherever in the file."""
+    """The modules of pyreg that a file imports, wherever in the file (but for annotations only)."""
     package = ["pyreg", *file.relative_to(PACKAGE).parts[:-1]]
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    tree, found = ast.parse(file.read_text()), set()
+    for node in tree.body:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [[alias.name] for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

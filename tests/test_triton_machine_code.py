@@ -29,8 +29,13 @@ SWEEPS = {  # 16-byte loads and stores of a thread in one chunk of 8 KiB
 }
 
 
+FAMILIES = ["l_half", "huber", "log_sum", "mcp", "scad"]
+KERNELS = [(sweep, dtype, "elastic_net") for sweep in SWEEPS for dtype in DTYPES]
+KERNELS += [(sweep, "bfloat16", name) for sweep in ("accumulate", "prox") for name in FAMILIES]
+
+
 def compile_all(target):
-    """{"sweep dtype": facts} for elastic net, the largest kernel. Runs in the child."""
+    """{"sweep dtype penalty": facts}. Runs in the child."""
     import torch
     import triton
     from pyreg.triton_kernels import launch, sweeps
@@ -39,32 +44,31 @@ def compile_all(target):
 
     backend, architecture, warp = TARGETS[target]
     facts = {}
-    for sweep in SWEEPS:
-        for name in DTYPES:
-            penalty = "l1" if sweep == "stats" else "elastic_net"
-            totals = sweep in ("value", "accumulate", "stats")
-            constants = launch.constants(
-                5 if sweep == "stats" else 2, [(getattr(torch, name), penalty)], [penalty]
-            )
-            constants["SWEEP"] = sweep
-            types = dict.fromkeys(sweeps.sweep.arg_names, "*i64")
-            types |= dict.fromkeys(("slots", "run", "n_rows", "n_groups"), "i32")
-            types |= dict.fromkeys(("strengths", "scale"), "*fp64")
-            if totals:
-                types |= dict.fromkeys(("out", "value", "partials"), "*fp64") | {"counters": "*i32"}
-            types |= dict.fromkeys(constants, "constexpr")
-            options = {"num_warps": launch.THREADS // warp}
-            if backend == "cuda":
-                options["maxnreg"] = launch.REGISTERS[sweep]
-            kernel = triton.compile(
-                ASTSource(sweeps.sweep, types, constexprs=constants),
-                target=GPUTarget(backend, architecture, warp),
-                options=options,
-            )
-            read = cuda_facts if backend == "cuda" else hip_facts
-            facts[f"{sweep} {name}"] = read(kernel.asm) | {
-                "registers_given": launch.REGISTERS[sweep]
-            }
+    for sweep, dtype, penalty in KERNELS:
+        used = "l1" if sweep == "stats" else penalty
+        totals = sweep in ("value", "accumulate", "stats")
+        constants = launch.constants(
+            5 if sweep == "stats" else 2, [(getattr(torch, dtype), used)], [used]
+        )
+        constants["SWEEP"] = sweep
+        types = dict.fromkeys(sweeps.sweep.arg_names, "*i64")
+        types |= dict.fromkeys(("slots", "run", "n_rows", "n_groups"), "i32")
+        types |= dict.fromkeys(("strengths", "scale"), "*fp64")
+        if totals:
+            types |= dict.fromkeys(("out", "value", "partials"), "*fp64") | {"counters": "*i32"}
+        types |= dict.fromkeys(constants, "constexpr")
+        options = {"num_warps": launch.THREADS // warp}
+        if backend == "cuda":
+            options["maxnreg"] = launch.REGISTERS[sweep]
+        kernel = triton.compile(
+            ASTSource(sweeps.sweep, types, constexprs=constants),
+            target=GPUTarget(backend, architecture, warp),
+            options=options,
+        )
+        read = cuda_facts if backend == "cuda" else hip_facts
+        facts[f"{sweep} {dtype} {penalty}"] = read(kernel.asm) | {
+            "registers_given": launch.REGISTERS[sweep]
+        }
     return facts
 
 
@@ -115,12 +119,23 @@ def facts(request, tmp_path_factory):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sweep", SWEEPS)
 def test_moves_are_16_bytes_and_nothing_spills(facts, sweep, dtype):
-    got = facts[f"{sweep} {dtype}"]
+    check(facts[f"{sweep} {dtype} elastic_net"], sweep)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("sweep", ["accumulate", "prox"])
+def test_other_families(facts, sweep, family):
+    """As above, in bfloat16; only the logarithm of LogSum may spill a few registers."""
+    check(facts[f"{sweep} bfloat16 {family}"], sweep, spills=32 if family == "log_sum" else 0)
+
+
+def check(got, sweep, spills=0):
     loads, stores = SWEEPS[sweep]
     assert got["loads"] >= loads, got
     assert got["stores"] >= stores, got
     assert got.get("kept", loads) >= loads, got
-    assert got["local"] == got["spills"] == 0, got
+    assert got["spills"] <= spills, got
+    assert got["local"] == 0 or got["spills"] > 0, got
     assert got.get("registers", 0) <= got["registers_given"], got
 
 

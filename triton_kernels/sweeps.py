@@ -138,9 +138,9 @@ def _visit(
             zeros += _by_lane(zero.to(tl.int32))
             non_finite += _by_lane((x - x != 0).to(tl.int32))
         if SWEEP == "value" or SWEEP == "accumulate":
-            sum0 += _by_lane(TERM(x, 0)).to(tl.float64)
+            sum0 += _by_lane(TERM(x, c0, c1, 0)).to(tl.float64)
             if SUMS > 1:
-                sum1 += _by_lane(TERM(x, 1)).to(tl.float64)
+                sum1 += _by_lane(TERM(x, c0, c1, 1)).to(tl.float64)
         if SWEEP == "accumulate":
             new = old + scale * GRAD(x, c0, c1)
             # The same for every element of a whole chunk, so that its stores stay whole.
@@ -211,10 +211,11 @@ def _row_part(
     c0 = 0.0
     c1 = 0.0
     by = 0.0
-    if SWEEP == "accumulate" or SWEEP == "gradient" or SWEEP == "prox":
+    if SWEEP != "stats":
         rule = tl.load(row + GROUP)
         c0 = tl.load(strengths + rule * 2).to(COMPUTE)
         c1 = tl.load(strengths + rule * 2 + 1).to(COMPUTE)
+    if SWEEP == "accumulate" or SWEEP == "gradient" or SWEEP == "prox":
         by = tl.load(scale).to(COMPUTE)
     whole = tl.where((w | g) % 16 == 0, n // ELEMENTS, 0).to(tl.int32)
     a0, a1, a2, a3, a4 = _visit(

@@ -168,6 +168,52 @@ void prox(void* w_, int64_t n, const double* strengths, double step_) {
   }
 }
 
+// D: the moment's dtype.
+template <class P, class T, class D>
+void prox_in_metric(void* w_, const void* moment_, int64_t n, const double* strengths,
+                    const Metric& metric, double* sums) {
+  using C = typename Element<T>::Compute;
+  T* w = static_cast<T*>(w_);
+  const D* moment = static_cast<const D*>(moment_);
+  const Strengths<C> s(strengths);
+  const C numerator = static_cast<C>(metric.numerator), factor = static_cast<C>(metric.factor),
+          offset = static_cast<C>(metric.offset);
+  C w_buffer[kLanes], result[kLanes], steps[kLanes];
+  typename Element<D>::Compute moment_buffer[kLanes];
+  if (moment == nullptr)
+    for (C& step : steps) step = numerator;
+  for (int64_t chunk = 0; chunk < n; chunk += kChunk) {
+    const int64_t end = chunk + at_most(n - chunk, kChunk);
+    Lanes<P, C> lanes(end - chunk);
+    for (int64_t i = chunk; i < end; i += kLanes) {
+      const int m = at_most(end - i, kLanes);
+      if (n - i > kLanes) prefetch<1>(w + i);
+      if (moment != nullptr) {
+        if (n - i > kLanes) prefetch(moment + i);
+        const auto* d = widen(moment + i, m, moment_buffer);
+        if (metric.root) {
+#pragma omp simd
+          for (int j = 0; j < m; ++j)
+            steps[j] = numerator / (factor * square_root(static_cast<C>(d[j])) + offset);
+        } else {
+#pragma omp simd
+          for (int j = 0; j < m; ++j)
+            steps[j] = numerator / (factor * static_cast<C>(d[j]) + offset);
+        }
+      }
+      const C* x = widen(static_cast<const T*>(w + i), m, w_buffer);
+      C* y = target(w + i, result);
+#pragma omp simd
+      for (int j = 0; j < m; ++j) y[j] = P::prox(x[j], steps[j], s.c);
+      narrow(y, m, w + i);
+      const C* stored = widen(static_cast<const T*>(w + i), m, w_buffer);
+#pragma omp simd
+      for (int j = 0; j < m; ++j) lanes.add(j, stored[j], s.c);
+    }
+    lanes.flush(sums);
+  }
+}
+
 template <class T>
 void stats(const void* w_, int64_t n, Stats* stats) {
   using C = typename Element<T>::Compute;
@@ -210,7 +256,11 @@ void stats(const void* w_, int64_t n, Stats* stats) {
 
 template <class P, class T>
 constexpr PenaltyKernels of() {
-  return {value<P, T>, gradient<P, T>, accumulate<P, T>, prox<P, T>};
+  return {value<P, T>,
+          gradient<P, T>,
+          accumulate<P, T>,
+          prox<P, T>,
+          {prox_in_metric<P, T, T>, prox_in_metric<P, T, float>}};
 }
 
 }  // namespace

@@ -13,6 +13,9 @@ struct PenaltyKernels {
   void (*accumulate)(const void* w, void* g, int64_t n, const double* strengths, double scale,
                      double* sums);
   void (*prox)(void* w, int64_t n, const double* strengths, double step);
+  // By the moment's dtype: w's own, or float32.
+  void (*prox_in_metric[2])(void* w, const void* moment, int64_t n, const double* strengths,
+                            const Metric& metric, double* sums);
 };
 
 struct Kernels {

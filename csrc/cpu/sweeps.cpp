@@ -217,6 +217,25 @@ void prox(const Table& table, void* const* w, const double* strengths, double st
   });
 }
 
+void prox_in_metric(const Table& table, void* const* w, const Metric* metrics,
+                    const double* strengths, double* sums, int threads) {
+  const Kernels& kernels = *chosen().load()->kernels;
+  double* partials = scratch<double>(table.segments() * kMaxSums);
+  for_each_segment(table, threads, [&](int64_t segment, const Row& row, const Span& span) {
+    if (w[span.row] == nullptr) return;
+    const Metric& metric = metrics[span.row];
+    const void* moment = metric.moment;
+    if (moment != nullptr)
+      moment = static_cast<const char*>(moment) +
+               span.begin * (metric.float32 ? sizeof(float) : item_size(row.dtype));
+    kernels_for(kernels, table, row)
+        .prox_in_metric[metric.float32](offset(w[span.row], row, span.begin), moment,
+                                        span.end - span.begin, strengths + row.rule * kMaxStrengths,
+                                        metric, partials + segment * kMaxSums);
+  });
+  combine_by_rule(table, partials, sums);
+}
+
 void stats(const Table& table, const void* const* w, Stats* stats, int threads) {
   const Kernels& kernels = *chosen().load()->kernels;
   Stats* partials = scratch<Stats>(table.segments());

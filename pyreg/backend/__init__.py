@@ -15,5 +15,7 @@ A backend has
   - `accumulate(pack, tensors, rules, scale) -> (value, present)`: .grad += scale * gradient where
     there is one; how many there were;
   - `prox(pack, tensors, rules, step)`: in place;
+  - `prox_in_metric(pack, tensors, metrics, rules) -> value`: in place, with a step of its own for
+    each element; the value of the new weights. Several launches on a GPU, not yet one;
   - `stats(pack, tensors)`: [rows, 5] float64, the columns of `reference.stats`.
 """

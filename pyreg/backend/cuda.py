@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..pack import GradientMismatch, Pack, StaleLayout
 from ..penalties import Penalty
-from .torch import add_gradient, apply_prox
+from .torch import TorchBackend, add_gradient, apply_prox
 
 
 @cache
@@ -224,6 +224,8 @@ class CudaBackend:
         for i in others:
             apply_prox(rules[pack.rule_of[i]], tensors[i], step)
         torch.autograd.graph.increment_version(tensors)
+
+    prox_in_metric = TorchBackend.prox_in_metric
 
     def stats(self, pack: Pack, tensors: list[Tensor]) -> Tensor:
         out = torch.empty(len(tensors), 5, dtype=torch.float64, device=pack.device)

@@ -10,10 +10,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..metric import Metric
 from ..pack import GradientMismatch, Pack, StaleLayout
 from ..penalties import Penalty
 from . import cuda
-from .torch import add_gradient, apply_prox
+from .torch import add_gradient, apply_prox, apply_prox_in_metric
 
 
 @cache
@@ -110,6 +111,28 @@ class NativeBackend:
         for i in self._sweep("prox", pack, tensors, self._strengths(rules), float(step)):
             apply_prox(rules[pack.rule_of[i]], tensors[i], step)
         torch.autograd.graph.increment_version(tensors)
+
+    def prox_in_metric(
+        self,
+        pack: Pack,
+        tensors: list[Tensor],
+        metrics: Sequence[Metric],
+        rules: Sequence[Penalty],
+    ) -> Tensor:
+        value, others = self._sweep(
+            "prox_in_metric",
+            pack,
+            tensors,
+            [m.moment for m in metrics],
+            [float(x) for m in metrics for x in (m.numerator, m.factor, m.offset)],
+            [m.root for m in metrics],
+            self._strengths(rules),
+        )
+        for i in dict.fromkeys(others):
+            apply_prox_in_metric(rules[pack.rule_of[i]], tensors[i], metrics[i])
+            value += rules[pack.rule_of[i]].value(tensors[i]).item()
+        torch.autograd.graph.increment_version(tensors)
+        return torch.tensor(value, dtype=torch.float64, device=pack.device)
 
     def stats(self, pack: Pack, tensors: list[Tensor]) -> Tensor:
         rows = self._sweep("stats", pack, tensors)

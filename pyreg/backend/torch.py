@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..metric import Metric
 from ..pack import Pack, StaleLayout, is_freed
 from ..penalties import Penalty
 
@@ -25,9 +26,7 @@ class TorchBackend:
         return None
 
     def check(self, pack: Pack, tensors: Sequence[Tensor]) -> None:
-        pack.check_rows(tensors)
-        if any(map(is_freed, tensors)):
-            raise StaleLayout
+        _check(pack, tensors)
 
     def differentiable_value(
         self, pack: Pack, tensors: Sequence[Tensor], rules: Sequence[Penalty]
@@ -76,8 +75,27 @@ class TorchBackend:
         for r, t in zip(pack.rule_of, tensors, strict=True):
             apply_prox(rules[r], t, step)
 
+    def prox_in_metric(
+        self,
+        pack: Pack,
+        tensors: Sequence[Tensor],
+        metrics: Sequence[Metric],
+        rules: Sequence[Penalty],
+    ) -> Tensor:
+        """By the formulas on every device, tensor by tensor. CUDA and Triton have no other yet."""
+        _check(pack, tensors)
+        for r, t, metric in zip(pack.rule_of, tensors, metrics, strict=True):
+            apply_prox_in_metric(rules[r], t, metric)
+        return self.value(pack, tensors, rules)[0]
+
     def stats(self, pack: Pack, tensors: Sequence[Tensor]) -> Tensor:
         return torch.stack([reference.stats(t) for t in tensors])
+
+
+def _check(pack: Pack, tensors: Sequence[Tensor]) -> None:
+    pack.check_rows(tensors)
+    if any(map(is_freed, tensors)):
+        raise StaleLayout
 
 
 def _scaled_gradient(penalty: Penalty, w: Tensor, scale: float | Tensor) -> Tensor:
@@ -97,3 +115,8 @@ def apply_prox(penalty: Penalty, w: Tensor, step: float | Tensor) -> None:
     """w = prox(w, step)"""
     with torch.no_grad():
         w.copy_(penalty.prox(w, step))
+
+
+def apply_prox_in_metric(penalty: Penalty, w: Tensor, metric: Metric) -> None:
+    """w = prox(w, step of each element)"""
+    apply_prox(penalty, w, reference.metric_step(*metric, dtype=w.dtype))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..pack import GradientMismatch, Pack, StaleLayout
 from ..penalties import Penalty, stack_strengths
-from .torch import add_gradient
+from .torch import TorchBackend, add_gradient
 
 _grad = attrgetter("grad")
 
@@ -130,6 +130,8 @@ class TritonBackend:
         strengths = self._strengths(state, pack, rules)
         self._sweep(state.layout.prox, tensors, strengths, _on_device(step, pack))
         torch.autograd.graph.increment_version(tensors)
+
+    prox_in_metric = TorchBackend.prox_in_metric
 
     def stats(self, pack: Pack, tensors: list[Tensor]) -> Tensor:
         return self._sweep(self._state(pack, tensors).layout.stats, tensors)

@@ -1,4 +1,5 @@
-"""`pyreg demo`: real digits trained four ways, and what L1 and L1 + L2 cost on two models."""
+"""`pyreg demo`: digits with and without penalties, accuracy against exact zeros, and what L1 and
+L1 + L2 cost on two models."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ..dispatch import backends, requested
 
@@ -13,7 +15,7 @@ _NEEDS = {"matplotlib": "matplotlib", "rich": "rich", "sklearn": "scikit-learn"}
 
 
 def run(out: Path) -> None:
-    """Run both parts, print their tables, write demo.png and demo.json to the folder `out`.
+    """Run all parts, print their tables, write demo.png and demo.json to the folder `out`.
 
     Raises:
         SystemExit: an optional package is missing; the message names it.
@@ -23,29 +25,35 @@ def run(out: Path) -> None:
         raise SystemExit(f'pyreg demo needs {" and ".join(missing)}: pip install "pyreg[demo]"')
     from rich.console import Console
 
-    from . import digits, figure, overhead, show
+    from . import digits, figure, overhead, show, sparsity
 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False)
     console.print(_backend_line(), markup=False, soft_wrap=True)
     with show.progress(console) as progress:
-        trainings = _train(progress)
+        data = digits.load()
+        trainings = _train(data, progress)
+        curves = sparsity.curves(data, progress("digits, accuracy against zeros"))
         record = overhead.measure_all(progress)
     show.digits_table(console, trainings)
+    show.sparsity_table(console, curves)
     show.overhead_tables(console, record)
-    figure.draw(trainings, record, out / "demo.png")
-    result = {"digits": [digits.summary(t) for t in trainings], "overhead": record.to_dict()}
+    figure.draw(trainings, curves, record, out / "demo.png")
+    result = {
+        "digits": [digits.summary(t) for t in trainings],
+        "sparsity": [sparsity.summary(c) for c in curves],
+        "overhead": record.to_dict(),
+    }
     (out / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
     written = f"\nWritten to {out.resolve()}: demo.png, demo.json"
     console.print(written, soft_wrap=True, markup=False)
 
 
-def _train(progress: Callable[[str], Callable[[str, float], None]]) -> list:
+def _train(data: Any, progress: Callable[[str], Callable[[str, float], None]]) -> list:
     from . import digits
 
     tell = progress("digits, four trainings")
-    data = digits.load()
     trainings = []
     for i, name in enumerate(digits.RUNS):
         trainings.append(

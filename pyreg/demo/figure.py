@@ -1,4 +1,4 @@
-"""The demo's picture: two panels on the digits, two on the overhead."""
+"""The demo's picture: three panels on the digits, two on the overhead."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from ..profiling import WORKLOADS, Record
 from ..profiling.plot import GREY, INK, bars, style, title
 from .digits import EPOCHS, Training, largest_differences
 from .overhead import MODELS, PENALTIES, SHOWN
+from .sparsity import Curve
 
 COLOURS = {
     "no penalty": GREY,
@@ -18,18 +19,25 @@ COLOURS = {
 }
 
 
-def draw(trainings: Sequence[Training], record: Record, path: Path) -> None:
+def draw(
+    trainings: Sequence[Training], curves: Sequence[Curve], record: Record, path: Path
+) -> None:
     """Write the picture as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws without a display
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 9.5), layout="constrained")
+    figure = Figure(figsize=(16, 9.5), layout="constrained")
     FigureCanvasAgg(figure)
-    (same, sparse), lower = figure.subplots(2, 2, height_ratios=(0.8, 1))
-    _same_path(same, {t.name: t for t in trainings})
-    _zeros(sparse, trainings)
+    panels = figure.subplot_mosaic(
+        [["same"] * 2 + ["zeros"] * 2 + ["curves"] * 2, [MODELS[0]] * 3 + [MODELS[1]] * 3],
+        height_ratios=(0.8, 1),
+    )
+    _same_path(panels["same"], {t.name: t for t in trainings})
+    _zeros(panels["zeros"], trainings)
+    _curves(panels["curves"], curves)
     labels = {penalty.name: label for label, penalty in PENALTIES.items()}
-    for axes, workload in zip(lower, MODELS, strict=True):
+    for workload in MODELS:
+        axes = panels[workload]
         rows = [row for row in record.rows if row.workload == workload and row.way in SHOWN]
         bars(axes, rows, labels)
         title(axes, f"Cost of a penalty: {WORKLOADS[workload].title}")
@@ -80,4 +88,20 @@ def _zeros(axes, trainings: Sequence[Training]) -> None:
     axes.set_yticks(range(0, 101, 25))
     title(axes, "Digits: only the prox makes exact zeros")
     axes.legend(frameon=False, loc="upper left", fontsize=9)
+    style(axes)
+
+
+def _curves(axes, curves: Sequence[Curve]) -> None:
+    colours = ("#3d5a80", "#e0a458", "#c8553d", "#6a994e")
+    for curve, colour, marker in zip(curves, colours, "osD^", strict=True):
+        axes.plot(
+            [100 * share for share in curve.zeros],
+            [100 * share for share in curve.accuracies],
+            color=colour,
+            marker=marker,
+            label=curve.name,
+        )
+    axes.set(xlabel="weights that are exactly 0, %", ylabel="test accuracy, %", xlim=(-3, 103))
+    title(axes, "Digits with Adam: accuracy against zeros")
+    axes.legend(frameon=False, loc="lower left", fontsize=9)
     style(axes)

@@ -13,8 +13,10 @@ from rich.text import Text
 
 from ..profiling import WORKLOADS, Record, Row
 from ..profiling.record import megabytes, milliseconds
+from . import sparsity
 from .digits import EPOCHS, LAM, Training, largest_differences
 from .overhead import PENALTIES
+from .sparsity import Curve
 
 Task = Callable[[str, float], None]
 
@@ -68,6 +70,29 @@ def digits_table(console: Console, trainings: Sequence[Training]) -> None:
     console.print(
         "The subgradient steps over zero and never stays there; the prox makes exact zeros."
     )
+
+
+def sparsity_table(console: Console, curves: Sequence[Curve]) -> None:
+    table = Table(
+        title=f"The same network with Adam, {sparsity.EPOCHS} epochs, penalties attached to it",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+    )
+    table.add_column("way", no_wrap=True)
+    table.add_column("penalty", no_wrap=True)
+    for name in ("test accuracy", "weights exactly 0"):
+        table.add_column(name, justify="right")
+    for curve in curves:
+        for i, penalty in enumerate(curve.penalties):
+            table.add_row(
+                "" if i else curve.name,
+                repr(penalty),
+                f"{100 * curve.accuracies[i]:.1f} %",
+                f"{100 * curve.zeros[i]:.1f} %",
+            )
+        table.add_section()
+    console.print()
+    console.print(table)
 
 
 def _within(difference: float) -> str:

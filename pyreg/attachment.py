@@ -1,0 +1,130 @@
+"""A regularizer in an optimizer's step: once per step, whatever came before it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .metric import Metric, identity, metric_of
+
+if TYPE_CHECKING:
+    from .regularizer import Regularizer
+
+Mode = Literal["grad", "prox"]
+
+
+def untraced(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """The hook, which a compiled `optimizer.step()` calls and does not trace.
+
+    `torch.compiler.disable` imports the compiler, a second or more: only where it is there already.
+    """
+    disabled = None
+
+    def call(*args: Any) -> Any:
+        nonlocal disabled
+        if "torch._dynamo" not in sys.modules:
+            return hook(*args)
+        if disabled is None:
+            disabled = torch.compiler.disable(hook)
+        return disabled(*args)
+
+    return call
+
+
+class Attachment:
+    """What `Regularizer.attach` leaves in the optimizer; `detach()` takes it out again."""
+
+    def __init__(self, reg: Regularizer, optimizer: Optimizer, mode: Mode, metric: str) -> None:
+        if not hasattr(optimizer, "register_step_pre_hook"):
+            raise TypeError(
+                "optimizer: expected a torch.optim.Optimizer or one with the same step hooks, got "
+                f"{type(optimizer).__name__}"
+            )
+        if mode not in ("grad", "prox"):
+            raise ValueError(f"mode: expected 'grad' or 'prox', got {mode!r}")
+        if metric not in ("optimizer", "identity"):
+            raise ValueError(f"metric: expected 'optimizer' or 'identity', got {metric!r}")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                "LBFGS evaluates its objective several times a step, with a line search on its "
+                "value: add reg() to the loss in the closure instead"
+            )
+        self.reg, self.optimizer, self.mode = reg, optimizer, mode
+        self._check_held()
+        if mode == "grad":
+            reg.check_differentiable()
+            self._handles = [optimizer.register_step_pre_hook(untraced(self._before))]
+        else:
+            self._metric = identity if metric == "identity" else metric_of(optimizer)
+            # A schedule must not fail when the weights have moved already.
+            self._handles = [
+                optimizer.register_step_pre_hook(untraced(lambda *_: reg.check_strengths())),
+                optimizer.register_step_post_hook(untraced(self._after)),
+            ]
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _check_held(self) -> None:
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        for name, t in self.reg.trainable():
+            if id(t) not in held:
+                raise ValueError(
+                    f"the optimizer does not hold {name!r}, which a rule penalises; exclude it, or "
+                    "attach a regularizer of its own to each optimizer"
+                )
+
+    def _before(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> Any:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._add()
+            return None
+
+        def penalised() -> Any:
+            loss = closure()
+            self._add()
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": penalised}
+        return (args[0], penalised, *args[2:]), kwargs
+
+    def _add(self) -> None:
+        # An optimizer that unscales gradients itself is given the loss scale for the step.
+        scale = getattr(self.optimizer, "grad_scale", None)
+        scale = 1.0 if scale is None else scale
+        ascends = {bool(group.get("maximize")) for group in self.optimizer.param_groups}
+        if len(ascends) > 1:
+            raise ValueError("param groups with and without maximize=True: use one optimizer each")
+        self.reg._accumulate(-scale if ascends == {True} else scale)
+        self.reg.advance()
+
+    def _after(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.reg._prox(self._metric_of_rows())
+        self.reg.advance()
+
+    def _metric_of_rows(self) -> Callable[[Tensor], Metric | None]:
+        """Each parameter's metric; None for one that this step did not move."""
+        skipped = getattr(self.optimizer, "found_inf", None)
+        groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+
+        def metric(p: Tensor) -> Metric | None:
+            group, state = groups.get(id(p)), self.optimizer.state.get(p)
+            if group is None or p.grad is None:
+                return None
+            if skipped is None:
+                return self._metric(group, state)
+            if skipped.device.type == "cpu":
+                return None if skipped.item() else self._metric(group, state)
+            # Without waiting for the device: a step of 0 changes nothing.
+            found = self._metric(group, state)
+            moved = (skipped.to(p.device) == 0).double()
+            return found._replace(numerator=found.numerator * moved)
+
+        return metric

@@ -1,0 +1,66 @@
+"""What a regularizer says about its rules."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import pyreg
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(2)
+    return nn.Sequential(nn.Linear(20, 30), nn.LayerNorm(30), nn.Linear(30, 4))
+
+
+def test_rules_as_data():
+    net = model()
+    net[0].bias.requires_grad_(False)
+    ramp = pyreg.schedules.Linear(0.0, 1.0, steps=10)
+    rules = {"0.*": pyreg.L1(ramp), "*.weight": pyreg.L2(0.5), "2.w*": pyreg.L1(9.0)}
+    reg = pyreg.Regularizer(net, rules, exclude=["1.*"])
+    reg.advance()
+    first, second, unused = reg.report().rules
+    assert (first.pattern, first.penalty) == ("0.*", pyreg.L1(0.1))
+    assert (first.parameters, first.frozen, first.elements) == (2, 1, 630)
+    assert first.share == 630 / (630 + 60 + 124)
+    assert first.gradient_norm is None
+    assert (second.parameters, second.frozen, second.elements) == (1, 0, 120)
+    assert (unused.parameters, unused.elements, unused.share) == (0, 0, 0.0)
+
+
+def test_the_norm_of_the_penaltys_gradient():
+    """lam sqrt(N) for L1, 2 lam ||w|| for L2; beside the clip. (Float32 terms, summed in float64.)"""
+    net = model()
+    rules = {"0.weight": pyreg.L1(1e-4), "2.weight": pyreg.L2(0.5), "*": pyreg.L0(1.0)}
+    found = pyreg.Regularizer(net, rules).report(gradients=True, clip=0.5)
+    l1, l2, l0 = (rule.gradient_norm for rule in found.rules)
+    assert l1 == pytest.approx(1e-4 * math.sqrt(600), rel=1e-6)
+    assert l2 == pytest.approx(net[2].weight.norm().item(), rel=1e-6)
+    assert l0 is None, "L0 has no gradient"
+    text = str(found)
+    assert (
+        f"|gradient| of the penalty: {math.hypot(l1, l2):.3g}; gradients are clipped to 0.5" in text
+    )
+    assert "warning" not in text
+
+
+@pytest.mark.parametrize("strength", [1e-4, 1e-2])
+def test_a_strength_that_the_gradients_dtype_loses(strength):
+    """bfloat16 at 1 has a last bit of 2^-7: what adds less than half of that is lost."""
+    net = model()
+    net[0].weight.data = net[0].weight.data.bfloat16()
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    found = pyreg.Regularizer(net, pyreg.L1(strength)).report(gradients=True)
+    (rule,) = found.rules
+    warning = "rule '*' adds less to the gradient of 0.weight than its dtype resolves"
+    lost = strength < 2**-8
+    assert rule.lost == (("0.weight",) if lost else ())
+    assert (warning in str(found)) == lost
+    before = net[0].weight.grad.clone()
+    pyreg.Regularizer(net, pyreg.L1(strength)).accumulate_()
+    assert torch.equal(net[0].weight.grad, before) == lost, "and so it is"
