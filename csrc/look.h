@@ -51,8 +51,9 @@ using Pointers = std::vector<void*>;
 // The tensors and gradients of one call.
 struct Shown {
   Pointers w, g;
-  int64_t present = 0;          // gradients that exist
-  std::vector<int64_t> others;  // rows whose gradient the caller must see to; null in g
+  std::vector<pybind11::object> alive;  // what g points into, whoever else lets go of it
+  int64_t present = 0;                  // gradients that exist
+  std::vector<int64_t> others;          // rows whose gradient the caller must see to; null in g
 };
 
 class Look {
@@ -167,13 +168,15 @@ class Look {
     Shown shown;
     shown.w.reserve(rows_.size());
     shown.g.reserve(rows_.size());
+    shown.alive.reserve(rows_.size());
     for (size_t i = 0; i < rows_.size(); ++i) {
       gradients_.prefetch(i + kAhead);
       const TensorView view = look(tensors, i, reader);
-      const pybind11::object grad = gradient(i);
+      pybind11::object grad = gradient(i);
       shown.w.push_back(view.data);
       shown.g.push_back(look_at_gradient(view, grad.ptr(), i, reader, shown.others));
       shown.present += !grad.is_none();
+      shown.alive.push_back(std::move(grad));
     }
     return shown;
   }
@@ -213,8 +216,9 @@ class Look {
     return nullptr;
   }
 
-  // Whether memory holds every element, as it is. Torch is asked only about a row that moved: a
-  // storage that is freed or resized moves.
+  // Whether memory holds every element, as it is. Torch is asked only about a row that moved, as a
+  // storage does that is freed or resized; not noticed is one that comes back to its address, but
+  // too small for its tensor (torch's own operations never notice), or a lazily negated view of it.
   static bool in_memory(const TensorView& view, PyObject* tensor, size_t i, Places& places) {
     places.note_metadata(i, view.shape);
     if (view.data != nullptr && places.at(i, view.data)) return true;

@@ -13,8 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from functools import cache
-from itertools import repeat
-from operator import attrgetter, is_
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -39,7 +38,7 @@ _version = attrgetter("_version")
 _tensor_hooks = attrgetter("_backward_hooks")
 _gradient_hooks = attrgetter("_post_accumulate_grad_hooks")
 _grad = attrgetter("grad")
-_threads: set[int] = set()  # those that ever called for a differentiable value
+_requires_grad = attrgetter("requires_grad")
 
 
 def value(packs: Packs, tensors: list[Tensor], rules: Sequence[Penalty], label: Label) -> Tensor:
@@ -87,7 +86,6 @@ def _native_value(
         if any(isinstance(s, Tensor) for rule in rules for s in rule.strengths):
             strengths = stack_strengths(rules, pack.device)
         if any(t.requires_grad for t in (strengths, *rows) if t is not None):
-            _threads.add(threading.get_ident())
             if strengths is not None:  # backward uses these, whatever becomes of the originals
                 rules = rules_of(pack.penalties, strengths.detach())
             # Function.apply would first look for functorch's dead wrappers, tensor by tensor.
@@ -167,26 +165,33 @@ class _Value(torch.autograd.Function):
 def _added(ctx: Any, rows: list[Tensor], grad_output: Tensor) -> bool:
     """Adds the gradient to every row's `.grad`, as autograd would do next; False if it may not.
 
-    It may where each row is a leaf with a `.grad` that this backward() accumulates into
-    (`torch.autograd.grad` does not), and has no hook to be shown the gradient. Autograd's own
-    addition is locked against other threads' and ordered among streams; this one is not, so it is
-    for one thread and for CPU tensors.
+    It may where each row is a leaf with a plain `.grad` that this backward() accumulates into
+    (`torch.autograd.grad` does not), and nobody looks on: no hook of the leaf, no anomaly
+    detection, no dispatch mode, no compiler. (Hooks of its AccumulateGrad node cannot be seen from
+    here; they find None, and `.grad` as it should be.) Autograd's own addition is locked against
+    other threads' and ordered among streams; this one is not, so it is for a lone thread and for
+    CPU tensors.
     """
     call = ctx.call
-    if call.pack.device.type != "cpu" or len(_threads) > 1 or not all(ctx.wanted):
+    if (
+        call.pack.device.type != "cpu"
+        or threading.active_count() > 1
+        or torch.is_anomaly_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or torch.compiler.is_compiling()
+    ):
         return False
     everywhere, *nodes = [node for node, _ in ctx.next_functions[-len(rows) - 1 :]]
     if set(map(type, nodes)) != {torch._C._functions.AccumulateGrad} or len(set(nodes)) < len(rows):
         return False
-    try:
-        if not torch._C._will_engine_execute_node(everywhere):
-            return False
-    except RuntimeError:  # in torch.autograd.grad
+    if not torch._C._will_engine_execute_node(everywhere):
+        return False
+    if not all(map(_requires_grad, rows)):  # frozen since the forward
         return False
     if any(map(_tensor_hooks, rows)) or any(map(_gradient_hooks, rows)):
         return False
     grads = list(map(_grad, rows))
-    if any(map(is_, grads, repeat(None))):
+    if set(map(type, grads)) != {Tensor}:
         return False
     try:
         call.backend.accumulate(call.pack, rows, call.rules, grad_output)

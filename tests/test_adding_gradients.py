@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 
 import pytest
@@ -9,7 +10,6 @@ import torch
 from torch import nn
 
 import pyreg
-from pyreg import autograd
 from pyreg.pack import Pack
 
 NET = pyreg.ElasticNet(0.5, 0.25)
@@ -25,7 +25,9 @@ def leaf(grad: float | None = 10.0, dtype=torch.float32) -> nn.Parameter:
 
 @pytest.fixture
 def buffers(native, monkeypatch) -> list[int]:
-    """One entry for each flat gradient buffer that is made; no other thread has been seen."""
+    """One entry for each flat gradient buffer that is made; threads of other tests do not count."""
+    count, others = threading.active_count, threading.active_count() - 1
+    monkeypatch.setattr(threading, "active_count", lambda: count() - others)
     made = []
     flat_gradient = Pack.flat_gradient
 
@@ -34,7 +36,6 @@ def buffers(native, monkeypatch) -> list[int]:
         return flat_gradient(pack)
 
     monkeypatch.setattr(Pack, "flat_gradient", counted)
-    monkeypatch.setattr(autograd, "_threads", set())
     return made
 
 
@@ -132,16 +133,88 @@ def test_not_where_some_are_frozen(buffers):
     assert buffers == [2]
 
 
-def test_not_once_another_thread_calls(buffers):
-    """Autograd locks its own additions to a shared leaf."""
-    a = leaf()
-    other = threading.Thread(target=lambda: pyreg.penalty([a], NET).backward())
+def test_not_while_another_thread_is_alive(buffers):
+    """Autograd locks its own additions to a shared leaf, whoever makes them."""
+    a, over = leaf(), threading.Event()
+    other = threading.Thread(target=over.wait)
     other.start()
-    other.join()
-    assert buffers == []
     pyreg.penalty([a], NET).backward()
+    over.set()
+    other.join()
     assert buffers == [1]
-    assert a.grad.tolist() == expected(2).tolist()
+    assert a.grad.tolist() == expected().tolist()
+
+
+def test_not_to_a_leaf_frozen_since_the_forward(buffers):
+    a = leaf()
+    value = pyreg.penalty([a], NET)
+    a.requires_grad_(False)
+    value.backward()
+    assert a.grad.tolist() == [10.0] * 4
+
+
+def test_not_under_anomaly_detection(buffers):
+    """Which looks at gradients on their way."""
+    a = leaf()
+    with torch.no_grad():
+        a[0] = math.nan
+    value = pyreg.penalty([a], NET)
+    with (
+        pytest.warns(UserWarning, match="Anomaly"),
+        torch.autograd.detect_anomaly(),
+        pytest.raises(RuntimeError, match="returned nan values"),
+    ):
+        value.backward()
+    assert a.grad.tolist() == [10.0] * 4
+
+
+def test_not_in_sight_of_a_dispatch_mode(buffers):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            Watch.seen += "add_" in str(function)
+            return function(*args, **(kwargs or {}))
+
+    a = leaf()
+    value = pyreg.penalty([a], NET)
+    with Watch():
+        value.backward()
+    assert Watch.seen == 1
+    assert a.grad.tolist() == expected().tolist()
+
+
+def test_in_compiled_autograd(buffers):
+    """It traces backward; nothing may be missing from its graph."""
+    from torch._dynamo import compiled_autograd
+
+    a = leaf()
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        (pyreg.penalty([a], NET) + (5 * a).sum()).backward()
+    assert a.grad.tolist() == (expected() + 5).tolist()
+
+
+def test_a_sparse_gradient_is_autograds_matter(buffers):
+    a = leaf()
+    a.grad = torch.full((4,), 10.0).to_sparse()
+    pyreg.penalty([a], NET).backward()
+    assert a.grad.to_dense().tolist() == expected().tolist()
+    assert buffers == [1]
+
+
+def test_a_non_leaf_with_a_gradient_of_its_own(buffers):
+    a = leaf()
+    b = 2 * a
+    b.retain_grad()
+    b.sum().backward(retain_graph=True)
+    assert b.grad.tolist() == [1.0] * 4
+    pyreg.penalty([b], NET).backward()
+    gradient = 0.5 * b.sign() + 0.5 * b
+    assert b.grad.tolist() == (1 + gradient).tolist()
+    assert a.grad.tolist() == (10 + 2 + 2 * gradient).tolist()
+    assert buffers == [1]
 
 
 def test_a_learnable_strength(buffers):
@@ -179,10 +252,41 @@ def test_gradients_that_share_memory(buffers, way):
 
 
 def test_prox_of_parameters_that_share_memory(native):
-    """One after the other, in order."""
+    """One after the other, in order: the native sweep leaves them to torch."""
+    shared = torch.ones(6)
+    layout = native.Layout([torch.ones(2), shared[:4], shared[2:]], [0, 0, 0], ["l1"])
+    strengths = [1.0] + [0.0] * (native.max_strengths - 1)
+    assert layout.prox([torch.ones(2), shared[:4], shared[2:]], strengths, 0.5, 2) == [1, 2]
+    assert shared.tolist() == [1.0] * 6
     memory = torch.tensor([3.0, 3.0, 3.0, 3.0, 3.0, 3.0])
     a, b, c = nn.Parameter(memory[:4]), nn.Parameter(memory[2:]), leaf()
     reg = pyreg.Regularizer({"a": a, "b": b, "c": c}, pyreg.L1(1.0))
     reg.prox_(0.5)
     assert memory.tolist() == [2.5, 2.5, 2.0, 2.0, 2.5, 2.5]
     assert c.tolist() == [1.0, 0.0, 0.0, 1.5]
+
+
+def test_a_gradient_that_is_dropped_meanwhile(native, run_python):
+    """Another thread sets .grad to None while it is swept: its memory stays until the end."""
+    run_python("""
+import threading, time, torch, pyreg
+ps = [torch.nn.Parameter(torch.ones(8_000_000)) for _ in range(2)]
+reg = pyreg.Regularizer([(str(i), p) for i, p in enumerate(ps)], pyreg.L1(1.0))
+stop = False
+def drop():
+    while not stop:
+        for p in ps:
+            p.grad = None
+        time.sleep(0.001)
+thread = threading.Thread(target=drop)
+thread.start()
+for _ in range(40):
+    for p in ps:
+        p.grad = torch.zeros_like(p)
+    try:
+        reg.accumulate_()
+    except RuntimeError:
+        pass  # all of them were gone
+stop = True
+thread.join()
+""")
