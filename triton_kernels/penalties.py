@@ -241,7 +241,8 @@ def l_half_prox(w, step, c0, c1):
     r = tl.zeros_like(w) + 1
     for _ in tl.static_range(5 if w.dtype == tl.float64 else 4):
         r -= (r * (r * r - 1) + b) / (3 * (r * r) - 1)
-    return tl.where(b <= 0.27216552697590868, w * (r * r), w - w)
+    # (A difference, as a comparison rounds its constant to float32.)
+    return tl.where(b - 0.27216552697590868 <= 0, w * (r * r), w - w)
 
 
 PENALTIES["l_half"] = Penalty(1, l_half_term, l_half_value, l_half_grad, l_half_prox)
