@@ -19,7 +19,8 @@ class Layout {
  public:
   Layout(const py::list& tensors, const std::vector<int>& rule_of,
          const std::vector<std::string>& penalties)
-      : look_(tensors, rule_of, /*CPU*/ 1, 0), table_(look_.rows(), penalty_indices(penalties)) {}
+      : look_(tensors, rule_of, /*CPU*/ 1, 0),
+        table_(look_.rows(), penalty_indices(penalties, kPenaltyNames)) {}
 
   py::tuple value(const py::list& tensors, const std::vector<double>& strengths, int threads) {
     check_strengths(strengths);
@@ -154,7 +155,7 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "pyreg's native sweeps over CPU tensors. Use pyreg's Python functions instead.";
   m.attr("max_strengths") = pyreg::kMaxStrengths;
   m.attr("max_sums") = pyreg::kMaxSums;
-  m.attr("penalties") = py::tuple(py::cast(pyreg::penalty_names()));
+  m.attr("penalties") = py::tuple(py::cast(pyreg::kPenaltyNames));
   py::register_local_exception<pyreg::StaleLayout>(m, "StaleLayout", PyExc_RuntimeError);
   py::register_local_exception<pyreg::GradientMismatch>(m, "GradientMismatch", PyExc_RuntimeError);
   m.def("instruction_set", &pyreg::cpu::instruction_set);

@@ -26,16 +26,14 @@ struct GradientMismatch : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-inline const std::vector<std::string>& penalty_names() {
 #define PYREG_NAME(P) P::name,
-  static const std::vector<std::string> names = {PYREG_PENALTIES(PYREG_NAME)};
+const inline std::vector<std::string> kPenaltyNames = {PYREG_PENALTIES(PYREG_NAME)};
+const inline std::vector<std::string> kElementaryNames = {PYREG_ELEMENTARY(PYREG_NAME)};
 #undef PYREG_NAME
-  return names;
-}
 
-// Places in PYREG_PENALTIES.
-inline std::vector<int> penalty_indices(const std::vector<std::string>& penalties) {
-  const auto& names = penalty_names();
+// Places in a list of names.
+inline std::vector<int> penalty_indices(const std::vector<std::string>& penalties,
+                                        const std::vector<std::string>& names) {
   std::vector<int> indices;
   for (const std::string& name : penalties) {
     const auto found = std::find(names.begin(), names.end(), name);

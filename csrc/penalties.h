@@ -369,11 +369,13 @@ struct SCAD {
   }
 };
 
-#define PYREG_PENALTIES(X) \
-  X(L1) X(L2) X(ElasticNet) X(L0) X(LHalf) X(Huber) X(LogSum) X(MCP) X(SCAD)
+// Those that the CUDA kernels have too: more of them in one kernel cost all of them registers.
+#define PYREG_ELEMENTARY(X) X(L1) X(L2) X(ElasticNet)
+#define PYREG_PENALTIES(X) PYREG_ELEMENTARY(X) X(L0) X(LHalf) X(Huber) X(LogSum) X(MCP) X(SCAD)
 
 #define PYREG_COUNT(P) +1
 constexpr int kPenalties = 0 PYREG_PENALTIES(PYREG_COUNT);
+constexpr int kElementary = 0 PYREG_ELEMENTARY(PYREG_COUNT);
 #undef PYREG_COUNT
 
 }  // namespace pyreg

@@ -94,6 +94,13 @@ class Place:
     ) -> Sweeps:
         return Sweeps(tensors, rules, rule_of, self.backend)
 
+    def serves(self, penalty: Penalty) -> bool:
+        """Whether the backend has a kernel for it."""
+        backend = backend_by_name(self.backend, self.device)
+        tensors = [torch.ones(1, device=self.device)]
+        (sample,) = pack.build(tensors, pack.label, [0], (penalty.name,))
+        return backend.refuses(sample, by_name=True) is None
+
     def rounds_twice(self, dtype: torch.dtype) -> bool:
         """Whether l1 + 2 l2 w may be off by two roundings from the oracle's.
 
@@ -133,13 +140,13 @@ def flat(tensors: list[Tensor]) -> Tensor:
 
 
 def mixed(
-    seed: str = "mixed", device: str = "cpu", elements: int = 3 * CHUNK
+    seed: str = "mixed", place: Place = ON_CPU, elements: int = 3 * CHUNK
 ) -> tuple[list[Tensor], list[Penalty], list[int]]:
     """Every dtype under every penalty in one call, with an empty tensor before each."""
-    rules, tensors, rule_of = penalties(), [], []
+    rules, tensors, rule_of = list(filter(place.serves, penalties())), [], []
     for r in range(len(rules)):
         for i, dtype in enumerate(DTYPES):
             sizes = (0, elements + 7 * r + i)
-            tensors += [fill((n,), dtype, device, f"{seed}{r}{i}") for n in sizes]
+            tensors += [fill((n,), dtype, place.device, f"{seed}{r}{i}") for n in sizes]
             rule_of += [r, r]
     return tensors, rules, rule_of

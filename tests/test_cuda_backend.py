@@ -85,7 +85,8 @@ def assert_same_bits(a, b):
 @pytest.mark.parametrize("case", REGULAR, ids=repr)
 def test_every_sweep_gives_the_bits_of_the_cpu(kernels, case, dtype):
     """All penalties at once, one for each tensor by turns."""
-    rules = penalties()
+    rules = [penalty for penalty in penalties() if penalty.name in cuda.load().penalties]
+    assert {rule.name for rule in rules} == {"l1", "l2", "elastic_net"}
     on_cpu = native.NativeBackend()
     results = []
     for backend in (kernels, on_cpu):
@@ -164,6 +165,15 @@ def test_a_gradient_of_other_strides_is_added_by_torch(kernels):
     torch.testing.assert_close(value, 0.5 * w.detach().abs().sum(), rtol=1e-6, atol=0)
     torch.testing.assert_close(w.grad, 1 + 0.5 * torch.sign(w.detach()), rtol=0, atol=0)
     assert w.grad.is_contiguous()
+
+
+def test_a_penalty_without_a_kernel_is_refused(kernels):
+    """Triton's kernels serve it then, or torch."""
+    w = torch.ones(4)
+    why = "no native kernel for penalty 'mcp'"
+    assert kernels.refuses(pack_of([w], [pyreg.MCP(0.1, 3.0)])) == why
+    with pytest.raises(pyreg.BackendError, match=why):
+        pyreg.penalty([w], pyreg.MCP(0.1, 3.0))
 
 
 def test_rows_that_share_memory_are_taken_in_turn(kernels):

@@ -51,7 +51,7 @@ def size(place: Place, real: int, rehearsed: int) -> int:
 
 def everything(place: Place) -> tuple[list[Tensor], list[Penalty], list[int]]:
     """Every dtype under every penalty."""
-    return mixed(device=place.device, elements=size(place, 12_288, 100))
+    return mixed(place=place, elements=size(place, 12_288, 100))
 
 
 def parameters(place: Place, count: int = 3, dtype: torch.dtype = torch.float32) -> list:

@@ -33,7 +33,7 @@ def test_rules_as_data():
 
 
 def test_the_norm_of_the_penaltys_gradient():
-    """lam sqrt(N) for L1, 2 lam ||w|| for L2; beside the clip. (Float32 terms, summed in float64.)"""
+    """lam sqrt(N) for L1, 2 lam ||w|| for L2; beside the clip. (Float32 terms, float64 sums.)"""
     net = model()
     rules = {"0.weight": pyreg.L1(1e-4), "2.weight": pyreg.L2(0.5), "*": pyreg.L0(1.0)}
     found = pyreg.Regularizer(net, rules).report(gradients=True, clip=0.5)

@@ -39,7 +39,7 @@ class Layout {
   Layout(const py::list& tensors, const std::vector<int>& rule_of,
          const std::vector<std::string>& penalties, int device)
       : device_(device), look_(tensors, rule_of, PYREG_DEVICE_TYPE, device) {
-    const std::vector<int> indices = penalty_indices(penalties);
+    const std::vector<int> indices = penalty_indices(penalties, kElementaryNames);
     plans_.emplace_back(look_.rows(), indices, true);
     plans_.emplace_back(look_.rows(), indices, false);
   }
@@ -164,7 +164,7 @@ PYBIND11_MODULE(PYREG_MODULE, m) {
   m.attr("max_sums") = pyreg::kMaxSums;
   m.attr("max_by_value") = kEntries - 1;
   m.attr("device_type") = PYREG_DEVICE_NAME;
-  m.attr("penalties") = py::tuple(py::cast(pyreg::penalty_names()));
+  m.attr("penalties") = py::tuple(py::cast(pyreg::kElementaryNames));
   m.attr("built_with") = built_with();
   m.attr("architectures") = architectures();
   py::register_local_exception<pyreg::StaleLayout>(m, "StaleLayout", PyExc_RuntimeError);

@@ -91,7 +91,7 @@ PYREG_DEVICE void visit_any(const Parameter& p, const Entry& entry, const Place&
     const int own = p.rule(entry.rule).penalty;
 #define PYREG_VISIT(P) \
   if (own == penalty++) return visit_dtype<S, P>(p, entry, place, thread, keep);
-    PYREG_PENALTIES(PYREG_VISIT)
+    PYREG_ELEMENTARY(PYREG_VISIT)
 #undef PYREG_VISIT
   }
 }

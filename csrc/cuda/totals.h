@@ -222,7 +222,7 @@ PYREG_DEVICE void finish(Executor& run, const Parameter& p, Shared<S>& shared) {
         int penalty = 0;
 #define PYREG_VALUE(P) \
   if (rule.penalty == penalty++) value += P::value(totals + u * kColumns<S>, strengths);
-        PYREG_PENALTIES(PYREG_VALUE)
+        PYREG_ELEMENTARY(PYREG_VALUE)
 #undef PYREG_VALUE
       }
       *p.out = value;

@@ -101,7 +101,7 @@ void test_same_bits_as_the_cpu() {
   for (int round = 0; round < 250; ++round) {
     const int rules = 1 + static_cast<int>(random() % 4);
     std::vector<int> penalties(rules), skip;
-    for (int& penalty : penalties) penalty = static_cast<int>(random() % kPenalties);
+    for (int& penalty : penalties) penalty = static_cast<int>(random() % kElementary);
     const auto rows = random_rows(random, round % 10 == 0 ? 60 : 12, rules);
     for (size_t i = 0; i < rows.size(); ++i)
       skip.push_back(random() % 2 ? 0 : static_cast<int>(random() % 8));
