@@ -101,7 +101,12 @@ def _curves(axes, curves: Sequence[Curve]) -> None:
             marker=marker,
             label=curve.name,
         )
-    axes.set(xlabel="weights that are exactly 0, %", ylabel="test accuracy, %", xlim=(-3, 103))
-    title(axes, "Digits with Adam: accuracy against zeros")
+    axes.set(
+        xlabel="weights that are exactly 0, %",
+        ylabel="test accuracy, %",
+        xlim=(-3, 103),
+        ylim=(78, 100),
+    )
+    title(axes, "Digits, Adam: accuracy, zeros")
     axes.legend(frameon=False, loc="lower left", fontsize=9)
     style(axes)

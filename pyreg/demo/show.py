@@ -30,13 +30,14 @@ def progress(console: Console) -> Iterator[Callable[[str], Task]]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[what]}", style="dim"),
     )
-    with Progress(*columns, console=console) as bars:
+    # No thread that draws: beside other threads backward does not add to gradients in place.
+    with Progress(*columns, console=console, auto_refresh=False) as bars:
 
         def begin(title: str) -> Task:
             task = bars.add_task(f"{title:<32}", total=1.0, what="")
 
             def tell(what: str, share: float) -> None:
-                bars.update(task, completed=share, what="" if share >= 1 else what)
+                bars.update(task, completed=share, what="" if share >= 1 else what, refresh=True)
 
             return tell
 
