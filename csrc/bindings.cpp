@@ -164,6 +164,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("has_openmp", &pyreg::cpu::has_openmp);
   m.def("has_exchange_api", &pyreg::TensorReader::has_exchange_api);
   m.def("use_exchange_api", &pyreg::TensorReader::use_exchange_api, py::arg("yes"));
+  m.def("require_grad", &pyreg::require_grad, py::arg("tensors"));
+  m.def("unchanged", &pyreg::unchanged, py::arg("slots"));
   py::class_<Layout>(m, "Layout")
       .def(py::init<const py::list&, const std::vector<int>&, const std::vector<std::string>&>(),
            py::arg("tensors"), py::arg("rule_of"), py::arg("penalties"))

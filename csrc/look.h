@@ -44,6 +44,34 @@ inline std::vector<int> penalty_indices(const std::vector<std::string>& penaltie
   return indices;
 }
 
+// Of each tensor, whether it requires a gradient: 1 or 0.
+inline pybind11::bytes require_grad(const pybind11::list& tensors) {
+  static const TensorAttribute kRequiresGrad("requires_grad");
+  std::string flags(pybind11::len(tensors), 0);
+  for (size_t i = 0; i < flags.size(); ++i)
+    flags[i] = kRequiresGrad.of(PyList_GET_ITEM(tensors.ptr(), i)).ptr() == Py_True;
+  return pybind11::bytes(flags);
+}
+
+// Whether each of [(dict, keys, what they held)] still holds that; keys are in the dict's own
+// order.
+inline bool unchanged(const pybind11::list& slots) {
+  for (pybind11::handle slot : slots) {
+    PyObject* const keys = PyTuple_GET_ITEM(slot.ptr(), 1);
+    PyObject* const held = PyTuple_GET_ITEM(slot.ptr(), 2);
+    const Py_ssize_t n = PyTuple_GET_SIZE(keys);
+    Py_ssize_t place = 0, i = 0;
+    PyObject *key, *now;
+    while (i < n && PyDict_Next(PyTuple_GET_ITEM(slot.ptr(), 0), &place, &key, &now)) {
+      if (key != PyTuple_GET_ITEM(keys, i)) continue;
+      if (now != PyTuple_GET_ITEM(held, i)) return false;
+      ++i;
+    }
+    if (i < n) return false;
+  }
+  return true;
+}
+
 using Pointers = std::vector<void*>;
 
 // The tensors and gradients of one call.
@@ -131,12 +159,9 @@ class Look {
   // Each tensor's .grad. `others` are those with other strides than the tensor, and those that
   // share memory with another row's.
   Shown with_own_gradients(const pybind11::list& tensors, TensorReader& reader) {
-    static PyObject* const kGrad = PyUnicode_InternFromString("grad");
-    Shown shown = show(tensors, reader, [&](size_t i) {
-      PyObject* const grad = PyObject_GetAttr(PyList_GET_ITEM(tensors.ptr(), i), kGrad);
-      if (grad == nullptr) throw pybind11::error_already_set();
-      return pybind11::reinterpret_steal<pybind11::object>(grad);
-    });
+    static const TensorAttribute kGrad("grad");
+    Shown shown = show(tensors, reader,
+                       [&](size_t i) { return kGrad.of(PyList_GET_ITEM(tensors.ptr(), i)); });
     for (int64_t i : gradients_.overlapping(bytes_)) {
       if (shown.g[i] != nullptr) shown.others.push_back(i);
       shown.g[i] = nullptr;
@@ -186,11 +211,19 @@ class Look {
     const Recorded& was = recorded_[i];
     const int64_t* geometry = geometry_.data() + was.geometry;
     const bool same = is_here(view) && view.dtype == was.dtype && view.ndim == was.ndim &&
-                      std::equal(view.shape, view.shape + view.ndim, geometry) &&
-                      std::equal(view.strides, view.strides + view.ndim, geometry + was.ndim) &&
+                      equal(view.shape, geometry, view.ndim) &&
+                      equal(view.strides, geometry + was.ndim, view.ndim) &&
                       in_memory(view, tensor, i, weights_);
     if (!same) throw StaleLayout("row " + std::to_string(i) + " changed");
     return view;
+  }
+
+  static TensorView read_gradient(PyObject* grad, size_t i, TensorReader& reader) {
+    try {
+      return reader.read(grad);
+    } catch (pybind11::error_already_set&) {  // sparse, say
+      throw GradientMismatch(std::to_string(i));
+    }
   }
 
   // The gradient's address; null for None and for one with other strides than its tensor.
@@ -200,12 +233,7 @@ class Look {
       if (!gradients_.at(i, nullptr)) gradients_.note(i, nullptr);
       return nullptr;
     }
-    TensorView view;
-    try {
-      view = reader.read(grad);
-    } catch (pybind11::error_already_set&) {  // sparse, say
-      throw GradientMismatch(std::to_string(i));
-    }
+    const TensorView view = read_gradient(grad, i, reader);
     if (!is_here(view) || view.dtype != tensor.dtype || !view.same_shape(tensor) ||
         view.expanded() || !in_memory(view, grad, i, gradients_))
       throw GradientMismatch(std::to_string(i));
@@ -221,11 +249,13 @@ class Look {
     places.note_metadata(i, view.shape);
     if (view.data != nullptr && places.at(i, view.data)) return true;
     if (view.numel() > 0) {
-      const pybind11::object storage = pybind11::handle(tensor).attr("untyped_storage")();
-      const auto base = storage.attr("data_ptr")().cast<uintptr_t>();
-      const auto size = storage.attr("nbytes")().cast<uintptr_t>();
+      static const Method kStorage("untyped_storage"), kData("data_ptr"), kBytes("nbytes"),
+          kNegative("is_neg");
+      if (kNegative(tensor).ptr() == Py_True) return false;
+      const pybind11::object storage = kStorage(tensor);
+      const auto base = kData(storage.ptr()).cast<uintptr_t>();
+      const auto size = kBytes(storage.ptr()).cast<uintptr_t>();
       const auto begin = reinterpret_cast<uintptr_t>(view.data);
-      if (pybind11::handle(tensor).attr("is_neg")().cast<bool>()) return false;
       if (base == 0 || begin + view.span() * item_size(*view.dtype) > base + size) return false;
     }
     places.note(i, view.data);

@@ -48,6 +48,13 @@ struct ExchangeApi {
 };
 }  // namespace dlpack
 
+// Of so few numbers that a call of memcmp would cost more.
+inline bool equal(const int64_t* a, const int64_t* b, int n) {
+  for (int i = 0; i < n; ++i)
+    if (a[i] != b[i]) return false;
+  return true;
+}
+
 struct TensorView {
   void* data = nullptr;
   int device_type = 0, device_index = 0;
@@ -80,7 +87,7 @@ struct TensorView {
   }
 
   bool same_shape(const TensorView& other) const {
-    return ndim == other.ndim && std::equal(shape, shape + ndim, other.shape);
+    return ndim == other.ndim && equal(shape, other.shape, ndim);
   }
 
   // Equal strides wherever they matter: the stride of a dimension of size 1 is never used.
@@ -89,6 +96,50 @@ struct TensorView {
       if (shape[d] > 1 && strides[d] != other.strides[d]) return false;
     return true;
   }
+};
+
+// An attribute that torch computes, read without a search for its name where the tensor is of one
+// of torch's own two types.
+class TensorAttribute {
+ public:
+  explicit TensorAttribute(const char* name) : name_(PyUnicode_InternFromString(name)) {
+    namespace py = pybind11;
+    tensor_ = py::object(py::module_::import("torch").attr("Tensor")).release().ptr();
+    parameter_ = py::object(py::module_::import("torch.nn").attr("Parameter")).release().ptr();
+    PyObject* const found = PyObject_GetAttr(tensor_, name_);
+    PyObject* const inherited = PyObject_GetAttr(parameter_, name_);
+    PyErr_Clear();
+    if (found != nullptr && found == inherited && Py_IS_TYPE(found, &PyGetSetDescr_Type))
+      getter_ = reinterpret_cast<PyGetSetDescrObject*>(found)->d_getset;
+  }
+
+  pybind11::object of(PyObject* tensor) const {
+    PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
+    const bool plain = getter_ != nullptr && (type == parameter_ || type == tensor_);
+    PyObject* const value =
+        plain ? getter_->get(tensor, getter_->closure) : PyObject_GetAttr(tensor, name_);
+    if (value == nullptr) throw pybind11::error_already_set();
+    return pybind11::reinterpret_steal<pybind11::object>(value);
+  }
+
+ private:
+  PyObject *name_, *tensor_, *parameter_;  // kept for good
+  const PyGetSetDef* getter_ = nullptr;
+};
+
+// A Python method without arguments.
+class Method {
+ public:
+  explicit Method(const char* name) : name_(PyUnicode_InternFromString(name)) {}
+
+  pybind11::object operator()(PyObject* self) const {
+    PyObject* const result = PyObject_CallMethodNoArgs(self, name_);
+    if (result == nullptr) throw pybind11::error_already_set();
+    return pybind11::reinterpret_steal<pybind11::object>(result);
+  }
+
+ private:
+  PyObject* name_;  // kept for good
 };
 
 // Reads views. One reader per call: it owns what the attribute path allocates.

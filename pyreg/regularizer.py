@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from . import autograd, ops, sweeps
 from .attachment import Attachment, Mode
 from .coverage import Coverage, Covered, report_rules, resolve
 from .dispatch import choose
+from .look import Slots, require_grad, unchanged
 from .metric import Metric
 from .pack import Packs, check, check_gradient, check_memory, label
 from .penalties import (
@@ -25,8 +25,6 @@ from .penalties import (
 )
 from .stats import Stats
 
-_requires_grad = attrgetter("requires_grad")
-
 
 class _Group:
     """Some of the covered parameters, with the packs of their sweeps."""
@@ -34,7 +32,7 @@ class _Group:
     def __init__(self, covered: Sequence[Covered], patterns: Sequence[str], kinds: Sequence[str]):
         self.covered = covered
         self.part: _Group = self
-        self.part_flags: list[bool] = []
+        self.part_flags = b""
         self.names = [row.name for row in covered]
         self.tensors = [row.tensor for row in covered]
         self.packs = Packs(tuple(kinds), [patterns.index(row.rule) for row in covered])
@@ -256,7 +254,9 @@ class Regularizer:
 
     def check_differentiable(self) -> None:
         """Raise RuntimeError if a parameter is penalised now by what has no gradient (L0)."""
-        group = self._active()
+        self._check_differentiable(self._active())
+
+    def _check_differentiable(self, group: _Group) -> None:
         check_differentiable(tuple(self.rules.values()), group.packs.rule_of, group.tensors)
 
     def check_strengths(self) -> None:
@@ -269,7 +269,7 @@ class Regularizer:
         group = self._active()
         if not group.tensors:
             return self._zero(), 1
-        self.check_differentiable()
+        self._check_differentiable(group)
         if create_grads:
             for i, t in enumerate(group.tensors):
                 if t.grad is not None:
@@ -287,7 +287,7 @@ class Regularizer:
         """The proximal step in each parameter's metric; one without a metric is left alone."""
         group = self._active()
         metrics = [metric(t) for t in group.tensors]
-        group = self._part(group, [m is not None for m in metrics])
+        group = self._part(group, bytes(m is not None for m in metrics))
         if group.tensors:
             found = [m for m in metrics if m is not None]
             self.last_value = sweeps.prox_in_metric(
@@ -347,19 +347,17 @@ class Regularizer:
 
     def _refresh(self) -> None:
         """Resolve again if the module holds other parameters by now."""
-        for slot, key, kept in self._slots:
-            if slot.get(key) is not kept:
-                self._resolve()
-                return
+        if not unchanged(self._slots):
+            self._resolve()
 
     def _active(self) -> _Group:
         """The covered parameters that are not frozen now."""
         self._refresh()
         if self.include_frozen:
             return self._covered
-        return self._part(self._covered, list(map(_requires_grad, self._covered.tensors)))
+        return self._part(self._covered, require_grad(self._covered.tensors))
 
-    def _part(self, group: _Group, flags: list[bool]) -> _Group:
+    def _part(self, group: _Group, flags: bytes) -> _Group:
         """The flagged members of a group; the last answer for each group is kept."""
         if group.part_flags != flags:
             chosen = [row for row, flag in zip(group.covered, flags, strict=True) if flag]
@@ -387,17 +385,21 @@ class Regularizer:
         return torch.zeros((), dtype=torch.float32, device=t.device)
 
 
-def _slots(model: nn.Module, names: Iterable[str]) -> list[tuple[dict, str, object]]:
-    """Where the module keeps these parameters, and each module on the way: (dict, key, what)."""
-    slots: dict[tuple[int, str], tuple[dict, str, object]] = {}
+def _slots(model: nn.Module, names: Iterable[str]) -> list[Slots]:
+    """Where the module keeps these parameters, and each module on the way."""
+    places: dict[int, tuple[dict[str, Any], set[str]]] = {}
     for name in names:
         module = model
         *path, last = name.split(".")
         for key in path:
-            slots[id(module), key] = (module._modules, key, module._modules[key])
+            places.setdefault(id(module._modules), (module._modules, set()))[1].add(key)
             module = module._modules[key]
-        slots[id(module), last] = (module._parameters, last, module._parameters[last])
-    return list(slots.values())
+        places.setdefault(id(module._parameters), (module._parameters, set()))[1].add(last)
+    found = []
+    for place, wanted in places.values():
+        keys = tuple(key for key in place if key in wanted)
+        found.append((place, keys, tuple(place[key] for key in keys)))
+    return found
 
 
 def _names(strengths: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[str]]:

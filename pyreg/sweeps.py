@@ -35,11 +35,14 @@ def _prepare(
     return chosen
 
 
-def add_values(values: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The sum on the first value's device."""
+def add_values(values: Sequence[Tensor | float], dtype: torch.dtype) -> Tensor:
+    """The sum on the first value's device; a number lies on the CPU."""
     total = values[0]
+    if isinstance(total, float):  # (`torch.tensor` and `.to` cost three times as much)
+        of = torch.float64 if len(values) > 1 else dtype
+        total = torch.scalar_tensor(total, dtype=of, device="cpu")
     for value in values[1:]:
-        total = total.double() + value.to(total.device)
+        total = total.double() + (value.to(total.device) if isinstance(value, Tensor) else value)
     return total.to(dtype)
 
 

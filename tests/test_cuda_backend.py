@@ -105,7 +105,7 @@ def test_every_sweep_gives_the_bits_of_the_cpu(kernels, case, dtype):
         backend.prox(pack, tensors, rules, 0.1)
         assert all(t._version > v for t, v in zip(tensors, versions, strict=True))
         results.append(
-            [value.float(), again.float(), stats]
+            [value.float(), torch.as_tensor(again).float(), stats]
             + [torch.as_tensor(sums, dtype=torch.float64), torch.tensor(present)]
             + [t.detach() for t in tensors]
             + [t.grad for t in tensors if t.grad is not None]

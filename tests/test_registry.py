@@ -24,7 +24,7 @@ LAYERS = [
     ["autograd"],
     ["ops"],
     ["sweeps"],
-    ["dispatch"],
+    ["dispatch", "look"],
     ["backend.native", "backend.triton"],
     ["backend.cuda"],
     ["backend.torch"],

@@ -32,9 +32,9 @@ PYREG_FN double reduce(const C* lanes, int used) {
   for (int j = 0; j < 16; ++j) d[j] = static_cast<double>(lanes[j]);
   for (int i = 16; i < used; i += 16)
     for (int j = 0; j < 16; ++j) d[j] += static_cast<double>(lanes[i + j]);
-  for (int half = 8; half > 0; half /= 2)
-    for (int j = 0; j < half; ++j) d[j] += d[j + half];
-  return d[0];
+  for (int j = 0; j < 8; ++j) d[j] += d[j + 8];
+  for (int j = 0; j < 4; ++j) d[j] += d[j + 4];
+  return (d[0] + d[2]) + (d[1] + d[3]);
 }
 
 // Asks for the row that comes kAhead bytes later: the hardware's own prefetch stops at pages.

@@ -98,12 +98,12 @@ class NativeBackend:
 
     def accumulate(
         self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty], scale: float | Tensor
-    ) -> tuple[Tensor, int]:
+    ) -> tuple[float, int]:
         strengths = self._strengths(rules)
         value, present, others = self._sweep("accumulate", pack, tensors, strengths, float(scale))
         for i in others:
             add_gradient(rules[pack.rule_of[i]], tensors[i], scale)
-        return torch.tensor(value, dtype=torch.float64, device=pack.device), present
+        return value, present
 
     def prox(
         self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty], step: float | Tensor

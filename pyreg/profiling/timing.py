@@ -9,7 +9,7 @@ from statistics import median
 
 import torch
 
-_BLOCK = 2e-3  # seconds: shorter runs are timed several at a time, far above the clock's grain
+_BLOCK = 1e-2  # seconds: shorter runs are timed several at a time, until caches are settled
 _LONG = 0.2  # seconds: longer runs are not warmed up before each sample
 
 
@@ -42,9 +42,10 @@ def by_turns(
 ) -> dict[str, Timing]:
     """Time all runs alternately: by the wall clock, on a GPU by events on its stream.
 
-    A sample is one untimed run, which brings caches and allocator to the state that this way leaves
-    behind, then a block of timed ones. (torch.utils.benchmark.Timer warms up twice before every
-    sample, long runs too, which would triple the time of the slowest ways.)
+    A sample is a block of untimed runs, which brings caches and allocator to the state that this
+    way leaves behind, then a block of timed ones: the steady state, as of torch.utils.benchmark and
+    triton.testing.do_bench. (The former warms up twice before every sample, long runs too, which
+    would triple the time of the slowest ways.)
 
     Args:
         runs: by name; each has run before, so that nothing is built or compiled here.
@@ -58,7 +59,7 @@ def by_turns(
     estimates = {name: measure(run, 1) for name, run in runs.items()}
     blocks = {name: max(1, round(_BLOCK / t)) for name, t in estimates.items()}
     wanted = {
-        name: min(rounds, max(fewest, int(seconds / (t * (blocks[name] + (t < _LONG))))))
+        name: min(rounds, max(fewest, int(seconds / (t * blocks[name] * (1 + (t < _LONG))))))
         for name, t in estimates.items()
     }
     # The estimate of a long run is a sample like the others.
@@ -70,7 +71,7 @@ def by_turns(
                 continue
             tell(name, r / rounds)
             if estimates[name] < _LONG:
-                run()
+                measure(run, blocks[name])
             samples[name].append(measure(run, blocks[name]))
     return {name: summarize(s) for name, s in samples.items()}
 
