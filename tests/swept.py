@@ -57,7 +57,7 @@ class Sweeps:
             t.grad = g
         value, present = self.backend.accumulate(self.pack, self.tensors, self.rules, scale)
         assert present == sum(g is not None for g in grads)
-        return value.item()
+        return float(value)
 
     def prox(self, step: float) -> None:
         self.backend.prox(self.pack, self.tensors, self.rules, step)
