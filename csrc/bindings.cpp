@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -17,19 +18,27 @@ namespace {
 
 class Layout {
  public:
+  using Pairs = std::vector<std::pair<py::object, py::object>>;
+
+  // anchors: [(origin, weight), ...], tensors or None, one pair per row; or None for no anchors.
   Layout(const py::list& tensors, const std::vector<int>& rule_of,
-         const std::vector<std::string>& penalties)
+         const std::vector<std::string>& penalties, std::optional<Pairs> anchors)
       : look_(tensors, rule_of, /*CPU*/ 1, 0),
-        table_(look_.rows(), penalty_indices(penalties, kPenaltyNames)) {}
+        table_(look_.rows(), penalty_indices(penalties, kPenaltyNames)),
+        anchors_(std::move(anchors)) {
+    if (anchors_ && anchors_->size() != rule_of.size())
+      throw py::value_error("one anchor per tensor");
+  }
 
   py::tuple value(const py::list& tensors, const std::vector<double>& strengths, int threads) {
     check_strengths(strengths);
     TensorReader reader;
     const Pointers w = look_.tensors(tensors, reader);
+    const Anchors anchors = look_at_anchors(reader);
     std::vector<double> sums = make_sums();
     {
       py::gil_scoped_release release;
-      cpu::value(table_, w.data(), strengths.data(), sums.data(), threads);
+      cpu::value(table_, w.data(), strengths.data(), sums.data(), threads, anchors.get());
     }
     return py::make_tuple(value_from_sums(table_, sums.data(), strengths.data()), sums);
   }
@@ -41,8 +50,10 @@ class Layout {
     const Shown shown = look_.with_gradients(tensors, grads, reader);
     if (!shown.others.empty())
       throw py::value_error("a gradient has other strides than its tensor");
+    const Anchors anchors = look_at_anchors(reader);
     py::gil_scoped_release release;
-    cpu::gradient(table_, shown.w.data(), shown.g.data(), strengths.data(), scale, threads);
+    cpu::gradient(table_, shown.w.data(), shown.g.data(), strengths.data(), scale, threads,
+                  anchors.get());
   }
 
   // Adds to each tensor's .grad. Returns the value, how many gradients there were, and the rows
@@ -52,11 +63,12 @@ class Layout {
     check_strengths(strengths);
     TensorReader reader;
     const Shown shown = look_.with_own_gradients(tensors, reader);
+    const Anchors anchors = look_at_anchors(reader);
     std::vector<double> sums = make_sums();
     {
       py::gil_scoped_release release;
       cpu::accumulate(table_, shown.w.data(), shown.g.data(), strengths.data(), scale, sums.data(),
-                      threads);
+                      threads, anchors.get());
     }
     return py::make_tuple(value_from_sums(table_, sums.data(), strengths.data()), shown.present,
                           shown.others);
@@ -69,9 +81,10 @@ class Layout {
     TensorReader reader;
     std::vector<int64_t> others;
     const Pointers w = look_.separate_tensors(tensors, reader, others);
+    const Anchors anchors = look_at_anchors(reader);
     {
       py::gil_scoped_release release;
-      cpu::prox(table_, w.data(), strengths.data(), step, threads);
+      cpu::prox(table_, w.data(), strengths.data(), step, threads, anchors.get());
     }
     return others;
   }
@@ -100,7 +113,7 @@ class Layout {
       PyObject* const moment = PyList_GET_ITEM(moments.ptr(), i);
       if (moment == Py_None) continue;
       bool same_strides;
-      const TensorView view = look_.beside(i, moment, reader, same_strides);
+      const TensorView view = look_.moment(i, moment, reader, same_strides);
       metric.moment = view.data;
       metric.float32 = view.dtype == DType::kFloat32;
       if (!same_strides || !(metric.float32 || view.dtype == look_.rows()[i].dtype)) {
@@ -108,10 +121,12 @@ class Layout {
         w[i] = nullptr;
       }
     }
+    const Anchors anchors = look_at_anchors(reader);
     std::vector<double> sums = make_sums();
     {
       py::gil_scoped_release release;
-      cpu::prox_in_metric(table_, w.data(), metrics.data(), strengths.data(), sums.data(), threads);
+      cpu::prox_in_metric(table_, w.data(), metrics.data(), strengths.data(), sums.data(), threads,
+                          anchors.get());
     }
     return py::make_tuple(value_from_sums(table_, sums.data(), strengths.data()), others);
   }
@@ -143,8 +158,34 @@ class Layout {
     return std::vector<double>(table_.penalties().size() * kMaxSums);
   }
 
+  // The anchors of one call, or none.
+  struct Anchors {
+    std::vector<Anchor> rows;
+    bool any = false;
+    const Anchor* get() const { return any ? rows.data() : nullptr; }
+  };
+
+  Anchors look_at_anchors(TensorReader& reader) {
+    Anchors anchors;
+    if (!anchors_) return anchors;
+    anchors.any = true;
+    for (size_t i = 0; i < anchors_->size(); ++i) {
+      const auto& [origin, weight] = (*anchors_)[i];
+      const TensorView from = look_.origin(i, origin.ptr(), reader);
+      const TensorView times = look_.weight(i, weight.ptr(), reader);
+      Anchor anchor;
+      anchor.origin = from.data;
+      anchor.weight = times.data;
+      anchor.origin_dtype = from.dtype.value_or(DType::kFloat32);
+      anchor.weight_dtype = times.dtype.value_or(DType::kFloat32);
+      anchors.rows.push_back(anchor);
+    }
+    return anchors;
+  }
+
   Look look_;
   Table table_;
+  std::optional<Pairs> anchors_;
 };
 
 }  // namespace
@@ -167,8 +208,10 @@ PYBIND11_MODULE(_native, m) {
   m.def("require_grad", &pyreg::require_grad, py::arg("tensors"));
   m.def("unchanged", &pyreg::unchanged, py::arg("slots"));
   py::class_<Layout>(m, "Layout")
-      .def(py::init<const py::list&, const std::vector<int>&, const std::vector<std::string>&>(),
-           py::arg("tensors"), py::arg("rule_of"), py::arg("penalties"))
+      .def(py::init<const py::list&, const std::vector<int>&, const std::vector<std::string>&,
+                    std::optional<Layout::Pairs>>(),
+           py::arg("tensors"), py::arg("rule_of"), py::arg("penalties"),
+           py::arg("anchors") = py::none())
       .def("value", &Layout::value, py::arg("tensors"), py::arg("strengths"), py::arg("threads"))
       .def("gradient", &Layout::gradient, py::arg("tensors"), py::arg("grads"),
            py::arg("strengths"), py::arg("scale"), py::arg("threads"))

@@ -91,7 +91,9 @@ class Look {
         device_index_(device_index),
         weights_(rule_of.size()),
         gradients_(rule_of.size()),
-        beside_(rule_of.size()) {
+        moments_(rule_of.size()),
+        origins_(rule_of.size()),
+        masses_(rule_of.size()) {
     if (rule_of.size() != pybind11::len(tensors))
       throw pybind11::value_error("one rule per tensor");
     TensorReader reader;
@@ -132,18 +134,22 @@ class Look {
     return pointers;
   }
 
-  // A tensor that lies beside row i, an optimizer's moment: of its shape, in any swept dtype.
-  TensorView beside(size_t i, PyObject* tensor, TensorReader& reader, bool& same_strides) {
-    TensorView row;
-    row.ndim = recorded_[i].ndim;
-    row.shape = geometry_.data() + recorded_[i].geometry;
-    row.strides = row.shape + row.ndim;
+  // An optimizer's moment of row i: of its shape, in any swept dtype.
+  TensorView moment(size_t i, PyObject* tensor, TensorReader& reader, bool& same_strides) {
     const TensorView view = reader.read(tensor);
-    if (!is_here(view) || !view.dtype || !view.same_shape(row) ||
-        !in_memory(view, tensor, i, beside_))
+    if (!lies_beside(view, i) || !in_memory(view, tensor, i, moments_))
       throw pybind11::value_error("row " + std::to_string(i) + ": a moment unlike its tensor");
-    same_strides = view.same_strides(row);
+    same_strides = view.same_strides(row(i));
     return view;
+  }
+
+  // What row i's penalty is measured from and weighted with: tensors of its shape and strides, in
+  // any swept dtype, or None.
+  TensorView origin(size_t i, PyObject* tensor, TensorReader& reader) {
+    return beside(i, tensor, reader, origins_);
+  }
+  TensorView weight(size_t i, PyObject* tensor, TensorReader& reader) {
+    return beside(i, tensor, reader, masses_);
   }
 
   // grads[i] is a tensor like tensors[i], or None to leave the row out.
@@ -176,6 +182,26 @@ class Look {
     int ndim;
     size_t geometry;
   };
+
+  TensorView row(size_t i) const {
+    TensorView view;
+    view.ndim = recorded_[i].ndim;
+    view.shape = geometry_.data() + recorded_[i].geometry;
+    view.strides = view.shape + view.ndim;
+    return view;
+  }
+
+  bool lies_beside(const TensorView& view, size_t i) const {
+    return is_here(view) && view.dtype && view.same_shape(row(i));
+  }
+
+  TensorView beside(size_t i, PyObject* tensor, TensorReader& reader, Places& places) {
+    if (tensor == Py_None) return {};
+    const TensorView view = reader.read(tensor);
+    if (!lies_beside(view, i) || !view.same_strides(row(i)) || !in_memory(view, tensor, i, places))
+      throw StaleLayout("the anchor of row " + std::to_string(i) + " changed");
+    return view;
+  }
 
   // How many rows ahead of the look a tensor's record is fetched.
   static constexpr size_t kAhead = 8;
@@ -267,7 +293,7 @@ class Look {
   std::vector<int64_t> geometry_;
   std::vector<Row> rows_;
   std::vector<int64_t> bytes_;  // [rows]
-  Places weights_, gradients_, beside_;
+  Places weights_, gradients_, moments_, origins_, masses_;
 };
 
 }  // namespace pyreg

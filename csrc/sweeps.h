@@ -23,6 +23,14 @@ struct Metric {
   double numerator = 0, factor = 1, offset = 0;
 };
 
+// What a row is measured from: its penalty is the sum of weight_i * rho(w_i - origin_i). Without an
+// origin it is 0, without weights they are 1. Each has a dtype of its own and the row's strides.
+struct Anchor {
+  const void* origin = nullptr;
+  const void* weight = nullptr;
+  DType origin_dtype = DType::kFloat32, weight_dtype = DType::kFloat32;
+};
+
 namespace cpu {
 
 // The instruction set that the sweeps use on this machine, e.g. "x86-64-v4".
@@ -36,25 +44,29 @@ void use_instruction_set(const char* name);
 // Whether the sweeps were compiled with OpenMP.
 bool has_openmp();
 
+// In all of these but stats, anchors is [rows], or null for none; an anchor is read too.
+
 // Reads N.
 void value(const Table& table, const void* const* w, const double* strengths, double* sums,
-           int threads);
+           int threads, const Anchor* anchors = nullptr);
 
 // g = scale * grad(w). Reads N, writes N. Rows with a null g are left out.
 void gradient(const Table& table, const void* const* w, void* const* g, const double* strengths,
-              double scale, int threads);
+              double scale, int threads, const Anchor* anchors = nullptr);
 
 // g += scale * grad(w), and the sums. Reads 2 N, writes N. Rows with a null g add to the sums only.
 void accumulate(const Table& table, const void* const* w, void* const* g, const double* strengths,
-                double scale, double* sums, int threads);
+                double scale, double* sums, int threads, const Anchor* anchors = nullptr);
 
 // w = prox(w, step). Reads N, writes N. Rows with a null w are left out.
-void prox(const Table& table, void* const* w, const double* strengths, double step, int threads);
+void prox(const Table& table, void* const* w, const double* strengths, double step, int threads,
+          const Anchor* anchors = nullptr);
 
 // w = prox(w, the steps of metrics[row]), and the sums of the new w. Reads 2 N, writes N. Rows with
 // a null w are left out.
 void prox_in_metric(const Table& table, void* const* w, const Metric* metrics,
-                    const double* strengths, double* sums, int threads);
+                    const double* strengths, double* sums, int threads,
+                    const Anchor* anchors = nullptr);
 
 // stats is [rows]. Reads N.
 void stats(const Table& table, const void* const* w, Stats* stats, int threads);

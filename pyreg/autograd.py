@@ -23,7 +23,17 @@ from torch.autograd import forward_ad
 from . import ops, reference
 from .backend.torch import TorchBackend
 from .dispatch import BackendError, choose, requested
-from .pack import GradientMismatch, Label, Pack, Packs, StaleLayout, check, geometry, is_freed
+from .pack import (
+    GradientMismatch,
+    Label,
+    Pack,
+    Packs,
+    Pair,
+    StaleLayout,
+    check,
+    geometry,
+    is_freed,
+)
 from .penalties import (
     Penalty,
     check_differentiable,
@@ -52,6 +62,8 @@ def value(packs: Packs, tensors: list[Tensor], rules: Sequence[Penalty], label: 
     if torch._C._len_torch_dispatch_stack():  # make_fx, fake tensors, ...
         for i, t in enumerate(tensors):
             check(t, label(i))
+        if packs.anchors is not None:
+            return formula_value(tensors, rules, packs.rule_of, packs.anchors)
         return ops.value(tensors, rules, packs.rule_of)
     if (
         torch._C._are_functorch_transforms_active()
@@ -130,6 +142,7 @@ class _Value(torch.autograd.Function):
         anchor = next((t for t, wanted in zip(rows, ctx.wanted, strict=True) if wanted), None)
         ctx.save_for_backward(anchor, strengths)
         ctx.versions = _versions(rows, ctx.wanted)
+        ctx.pair_versions = _pair_versions(call.pack)
         if strengths is not None:  # a double backward reads every row again, frozen ones too
             ctx.all_versions = list(map(_version, rows))
         return value
@@ -139,6 +152,8 @@ class _Value(torch.autograd.Function):
         call, rows, wanted = ctx.call, list(ctx.rows), ctx.wanted
         if (now := _versions(rows, wanted)) != ctx.versions:
             raise RuntimeError(_modified(call, now, ctx.versions))
+        if (now := _pair_versions(call.pack)) != ctx.pair_versions:
+            raise RuntimeError(_modified(call, now, ctx.pair_versions))
         _, strengths = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
             if strengths is not None and (now := list(map(_version, rows))) != ctx.all_versions:
@@ -208,7 +223,12 @@ def _versions(rows: Sequence[Tensor], wanted: Sequence[bool]) -> list[int]:
     return [t._version if w else 0 for t, w in zip(rows, wanted, strict=True)]
 
 
-def _modified(call: _Call, now: list[int], before: list[int]) -> str:
+def _pair_versions(pack: Pack) -> list[tuple[int, ...]]:
+    """Of each row's anchor and weights, if there are any."""
+    return [tuple(t._version for t in p if t is not None) for p in pack.anchors or ()]
+
+
+def _modified(call: _Call, now: list, before: list) -> str:
     i = next(i for i, (a, b) in enumerate(zip(now, before, strict=True)) if a != b)
     return (
         f"{call.label(call.pack.rows[i])}: needed for the penalty's gradient, but modified by an "
@@ -239,14 +259,18 @@ def _differentiable_gradient(
     )
     formulas = [reference.FORMULAS[name] for name in names]
     grads = [
-        (grad_output * formulas[r].grad(w, *own[r])).to(w.dtype) if wanted else None
-        for r, w, wanted in zip(call.pack.rule_of, rows, ctx.wanted, strict=True)
+        (grad_output * reference.anchored_grad(formulas[r], w, *pair, *own[r])).to(w.dtype)
+        if wanted
+        else None
+        for r, w, pair, wanted in zip(
+            call.pack.rule_of, rows, call.pack.pairs, ctx.wanted, strict=True
+        )
     ]
     grad_strengths = None
     if ctx.needs_input_grad[1]:
         totals = [torch.zeros_like(row) for row in strengths]
-        for r, w in zip(call.pack.rule_of, rows, strict=True):
-            by = formulas[r].strength_grad(w, *own[r]).to(strengths)
+        for r, w, pair in zip(call.pack.rule_of, rows, call.pack.pairs, strict=True):
+            by = reference.anchored_strength_grad(formulas[r], w, *pair, *own[r]).to(strengths)
             totals[r] = totals[r] + torch.nn.functional.pad(by, (0, len(totals[r]) - len(by)))
         grad_strengths = grad_output * torch.stack(totals)
     return [grad_strengths, *grads]
@@ -262,7 +286,21 @@ def _transformed_value(
         )
     for i, t in enumerate(tensors):
         check(t, label(i))
-    terms = [rules[r].value(t) for r, t in zip(packs.rule_of, tensors, strict=True)]
+    return formula_value(tensors, rules, packs.rule_of, packs.anchors)
+
+
+def formula_value(
+    tensors: Sequence[Tensor],
+    rules: Sequence[Penalty],
+    rule_of: Sequence[int],
+    anchors: Sequence[Pair] | None,
+) -> Tensor:
+    """Omega as a graph of torch operations, tensor by tensor."""
+    pairs = [(None, None)] * len(tensors) if anchors is None else anchors
+    terms = [
+        reference.anchored_value(reference.FORMULAS[rule.name], t, *pair, *rule.strengths)
+        for t, rule, pair in zip(tensors, [rules[r] for r in rule_of], pairs, strict=True)
+    ]
     wide = any(t.dtype == torch.float64 for t in tensors)
     return (
         torch.stack([t.double() for t in terms]).sum().to(torch.float64 if wide else torch.float32)

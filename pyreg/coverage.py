@@ -35,6 +35,8 @@ class Covered:
             why = "no rule matches"
         else:
             why = f"{self.rule!r}: {self.penalty!r}"
+            why += ", anchored" if self.penalty.anchor is not None else ""
+            why += ", weighted" if self.penalty.weight is not None else ""
         if not self.tensor.requires_grad:
             why += ", frozen"
         if self.aliases:
@@ -140,7 +142,7 @@ def report_rules(
             squares = 0.0
             for row in rows:
                 w = row.tensor.detach()
-                g = penalty.grad(w.to(compute_dtype(w.dtype)))
+                g = penalty.of(row.name, *row.aliases).grad(w.to(compute_dtype(w.dtype)))
                 squares += g.double().square().sum().item()
                 if _rounds_away(row.tensor.grad, g):
                     lost.append(row.name)

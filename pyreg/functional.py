@@ -38,6 +38,8 @@ def penalty(params: Params, penalty: Penalty) -> Tensor:
     """
     if not isinstance(penalty, Penalty):
         raise TypeError(f"penalty: expected a pyreg penalty, got {penalty!r}")
+    if penalty.is_anchored:
+        raise TypeError(f"penalty: {penalty!r} has an anchor or weights: make it a Regularizer's")
     tensors, label = collect(params)
     if not tensors:
         requested()  # an unknown backend is an error here too

@@ -1,6 +1,6 @@
 """Tensors -> packs: what is laid out for one sweep. Input errors about tensors are raised here.
 
-A pack holds no pointers and no tensors, only what the tensors were. Each sweep shows the tensors
+A pack holds no pointers and no parameters, only what they were. Each sweep shows the tensors
 anew, the backend compares them with the pack, and `StaleLayout` makes the packs be built again
 before anything is written. So `p.data = ...`, `module.to(...)` or a freed tensor can never leave a
 stale pointer behind.
@@ -9,7 +9,7 @@ stale pointer behind.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,8 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
 
+from .penalties import Penalty
+
 Params = nn.Module | Tensor | Mapping[str, Tensor] | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 Label = Callable[[int], str]
+Pair = tuple[Tensor | None, Tensor | None]  # what a row is measured from, and its weights
 
 SWEPT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -154,6 +157,41 @@ def check_gradient(grad: Tensor, t: Tensor, name: str) -> None:
         )
 
 
+def check_pair(pair: Pair, t: Tensor, name: str) -> None:
+    """Raise TypeError or ValueError, naming the parameter, unless `t` can have this anchor."""
+    for kind, beside in zip(("anchor", "weight"), pair, strict=True):
+        if beside is None:
+            continue
+        check(beside, f"{name}: its {kind}")
+        check_memory(beside, f"{name}: its {kind}")
+        if beside.shape != t.shape:
+            raise ValueError(f"{name}: {describe(t)} has a {kind} {describe(beside)}")
+        plain = not (has_own_dispatch(t) or has_own_dispatch(beside)) and t.device.type != "meta"
+        if plain and t.numel() and beside.data_ptr() == t.data_ptr():
+            raise ValueError(
+                f"{name}: its {kind} is the parameter itself (a state_dict() shares the model's "
+                "memory); clone it"
+            )
+
+
+def irregular_pair(pair: Pair, t: Tensor) -> str | None:
+    """Why a native sweep cannot walk the pair in the storage order of `t`, or None if it can."""
+    for kind, beside in zip(("anchor", "weight"), pair, strict=True):
+        if beside is None:
+            continue
+        if beside.device != t.device:
+            return f"has its {kind} on {beside.device}"
+        if (why := irregular(beside)) is not None:
+            return f"has a {kind} that {why}"
+        if t.numel() and _strides_that_matter(beside) != _strides_that_matter(t):
+            return f"has a {kind} of other strides"
+    return None
+
+
+def _strides_that_matter(t: Tensor) -> list[int]:
+    return [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size != 1]
+
+
 def geometry(t: Tensor) -> tuple[torch.dtype, torch.Size, tuple[int, ...]]:
     """What a pack records of a row."""
     return t.dtype, t.shape, t.stride()
@@ -169,6 +207,7 @@ class Pack:
     penalties: tuple[str, ...]  # [rules] each rule's penalty, by name
     geometry: list[tuple[torch.dtype, torch.Size, tuple[int, ...]]]  # [rows] dtype, shape, strides
     irregular: str | None  # why only the torch backend can serve; None if the rows are regular
+    anchors: list[Pair] | None = None  # [rows] held; None if no row has any
     layouts: dict[str, Any] = field(default_factory=dict)  # what each backend keeps for the pack
 
     def take(self, items: Sequence[Any]) -> list[Any]:
@@ -177,12 +216,31 @@ class Pack:
             return items
         return [items[i] for i in self.rows]
 
+    def penalty(self, i: int, rules: Sequence[Penalty]) -> Penalty:
+        """The penalty of the i-th row."""
+        rule = rules[self.rule_of[i]]
+        if self.anchors is None:
+            return rule
+        anchor, weight = self.anchors[i]
+        return replace(rule, anchor=anchor, weight=weight)
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """The rows' anchors, of nothing where there are none."""
+        return [(None, None)] * len(self.rows) if self.anchors is None else self.anchors
+
     def check_rows(self, tensors: Sequence[Tensor]) -> None:
         """Raise StaleLayout unless the rows are what they were."""
         if list(map(geometry, tensors)) != self.geometry or any(
             t.device != self.device for t in tensors
         ):
             raise StaleLayout
+        for pair, t in zip(self.anchors or (), tensors, strict=self.anchors is not None):
+            beside = [b for b in pair if b is not None]
+            if any(b.shape != t.shape or is_freed(b) for b in beside) or (
+                self.irregular is None and irregular_pair(pair, t) is not None
+            ):
+                raise StaleLayout
 
     @cached_property
     def _places(self) -> tuple[int, list[tuple[torch.dtype, torch.Size, tuple[int, ...], int]]]:
@@ -205,29 +263,46 @@ class Pack:
 
 
 def build(
-    tensors: Sequence[Tensor], label: Label, rule_of: Sequence[int], penalties: tuple[str, ...]
+    tensors: Sequence[Tensor],
+    label: Label,
+    rule_of: Sequence[int],
+    penalties: tuple[str, ...],
+    anchors: Sequence[Pair] | None = None,
 ) -> list[Pack]:
     """Check every tensor and group them: by device in order of appearance, regular ones first.
+
+    Those with an anchor are in packs of their own, after the others.
 
     Raises:
         TypeError, ValueError: a tensor that cannot be penalised, by name.
     """
-    packs: dict[tuple[torch.device, bool], Pack] = {}
+    packs: dict[tuple[torch.device, bool, bool], Pack] = {}
     for i, t in enumerate(tensors):
         if type(t) not in (Tensor, nn.Parameter) or not _plainly_fine(t):
             check(t, label(i))
             check_memory(t, label(i))
         reason = irregular(t)
-        key = (t.device, reason is not None)
+        pair = (None, None) if anchors is None else anchors[i]
+        anchored = pair[0] is not None or pair[1] is not None
+        if anchored:
+            check_pair(pair, t, label(i))
+            reason = reason or irregular_pair(pair, t)
+        key = (t.device, reason is not None, anchored)
         pack = packs.get(key)
         if pack is None:
             why = None if reason is None else f"{label(i)} {reason}"
-            pack = packs[key] = Pack(t.device, [], [], penalties, [], why)
+            kept = [] if anchored else None
+            pack = packs[key] = Pack(t.device, [], [], penalties, [], why, kept)
+        if anchored:
+            pack.anchors.append(pair)
         pack.rows.append(i)
         pack.rule_of.append(rule_of[i])
         pack.geometry.append(geometry(t))
-    devices = list(dict.fromkeys(device for device, _ in packs))
-    return sorted(packs.values(), key=lambda p: (devices.index(p.device), p.irregular is not None))
+    devices = list(dict.fromkeys(device for device, *_ in packs))
+    return sorted(
+        packs.values(),
+        key=lambda p: (devices.index(p.device), p.irregular is not None, p.anchors is not None),
+    )
 
 
 def _plainly_fine(t: Tensor) -> bool:
@@ -245,9 +320,15 @@ def _plainly_fine(t: Tensor) -> bool:
 class Packs:
     """The packs of one list of tensors: built at the first sweep, again when a tensor changed."""
 
-    def __init__(self, penalties: tuple[str, ...], rule_of: Sequence[int]) -> None:
+    def __init__(
+        self,
+        penalties: tuple[str, ...],
+        rule_of: Sequence[int],
+        anchors: Sequence[Pair] | None = None,
+    ) -> None:
         self.penalties = penalties
         self.rule_of = rule_of
+        self.anchors = anchors  # [tensors], or None for no anchors
         self._packs: list[Pack] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -257,7 +338,7 @@ class Packs:
     def current(self, tensors: Sequence[Tensor], label: Label) -> list[Pack]:
         """The packs of `tensors`, as they were at the last look."""
         if self._packs is None:
-            self._packs = build(tensors, label, self.rule_of, self.penalties)
+            self._packs = build(tensors, label, self.rule_of, self.penalties, self.anchors)
             wide = any(dtype == torch.float64 for p in self._packs for dtype, *_ in p.geometry)
             self.value_dtype = torch.float64 if wide else torch.float32
         return self._packs

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from types import MappingProxyType
 from typing import ClassVar
@@ -24,6 +24,8 @@ from .reference import Strength
 
 PENALTIES: dict[str, type[Penalty]] = {}
 """Every penalty by name, in order of definition. Tests and benchmarks run over it."""
+
+Beside = Tensor | Mapping[str, Tensor] | None  # what lies beside the parameters
 
 _FLOAT32 = torch.finfo(torch.float32)
 
@@ -109,8 +111,25 @@ def _check_number(name: str, x: float, above: float | None = None) -> None:
 
 @dataclass(frozen=True)
 class Penalty:
-    """Omega(w), a function of a tensor's elements, with its strengths as fields."""
+    """Omega(w) = sum over elements of weight_i * rho(w_i - anchor_i), with its strengths as fields.
 
+    Args:
+        anchor: what the elements are measured from, instead of 0. A tensor like `w`, in any swept
+            dtype; for a rule of a Regularizer, a mapping from parameter names to such tensors.
+            L2 around pretrained weights is L2-SP, for transfer learning.
+        weight: a factor >= 0 for each element, instead of 1: a tensor, or a mapping, too. With an
+            anchor and an estimate F of the Fisher information, L2(lam / 2, anchor=..., weight=F)
+            is elastic weight consolidation.
+
+    Both stay the caller's: what is changed in them in place counts from then on.
+
+    Source: Li, Grandvalet, Davoine (2018), "Explicit inductive bias for transfer learning with
+    convolutional networks" (L2-SP); Kirkpatrick et al. (2017), "Overcoming catastrophic forgetting
+    in neural networks" (EWC).
+    """
+
+    anchor: Beside = field(default=None, kw_only=True, repr=False, compare=False)
+    weight: Beside = field(default=None, kw_only=True, repr=False, compare=False)
     name: ClassVar[str]
     parameters: ClassVar[tuple[str, ...]]  # the names of its strengths, then of its shapes
     above: ClassVar[Mapping[str, float]]  # what each shape must exceed
@@ -123,6 +142,13 @@ class Penalty:
     def __post_init__(self) -> None:
         for name in self.parameters:
             object.__setattr__(self, name, self._check(name, getattr(self, name)))
+        for name in ("anchor", "weight"):
+            beside = getattr(self, name)
+            if not (beside is None or isinstance(beside, Tensor | Mapping)):
+                raise TypeError(
+                    f"{type(self).__name__}.{name}: expected a tensor, or a mapping from parameter "
+                    f"names to tensors, got {type(beside).__name__}"
+                )
 
     def _check(self, name: str, s: Strength) -> Strength:
         if callable(s) and not isinstance(s, Tensor):  # known only once there is a step
@@ -155,9 +181,55 @@ class Penalty:
                 numbers[name] = check_strength(where, s(step), self.above.get(name))
         return replace(self, **numbers) if numbers else self
 
+    @property
+    def is_anchored(self) -> bool:
+        """Whether it has an anchor or weights."""
+        return self.anchor is not None or self.weight is not None
+
+    def beside(self, *names: str) -> tuple[Tensor | None, Tensor | None]:
+        """The anchor and the weight of the one parameter of these names.
+
+        Raises:
+            KeyError: a mapping has none for it.
+        """
+        pair = []
+        for kind in ("anchor", "weight"):
+            of = getattr(self, kind)
+            if isinstance(of, Mapping):
+                name = next((n for n in names if n in of), None)
+                if name is None:
+                    raise KeyError(kind)
+                of = of[name]
+            pair.append(of)
+        return tuple(pair)
+
+    def of(self, *names: str) -> Penalty:
+        """This penalty for the one parameter of these names: mappings give way to its tensors.
+
+        Raises:
+            KeyError: a mapping has none for it.
+        """
+        if not self.is_anchored:
+            return self
+        anchor, weight = self.beside(*names)
+        return replace(self, anchor=anchor, weight=weight)
+
+    @property
+    def _beside(self) -> tuple[Tensor | None, Tensor | None]:
+        for kind in ("anchor", "weight"):
+            if isinstance(getattr(self, kind), Mapping):
+                raise TypeError(
+                    f"{type(self).__name__}.{kind} is a mapping: take the penalty of one parameter "
+                    "with .of(name), or give it to a Regularizer, which knows the names"
+                )
+        return self.anchor, self.weight
+
     def value(self, w: Tensor) -> Tensor:
         """Omega(w): 0-dim, float32 (float64 for a float64 `w`), differentiable unless L0's."""
-        return reference.FORMULAS[self.name].value(w, *self.strengths)
+        formula = reference.FORMULAS[self.name]
+        if self.is_anchored:
+            return reference.anchored_value(formula, w, *self._beside, *self.strengths)
+        return formula.value(w, *self.strengths)
 
     def grad(self, w: Tensor) -> Tensor:
         """A (sub)gradient of Omega at `w`, 0 at 0: shape and dtype of `w`.
@@ -166,6 +238,9 @@ class Penalty:
         """
         if (formula := reference.FORMULAS[self.name].grad) is None:
             raise _no_gradient(self)
+        if self.is_anchored:
+            of = reference.FORMULAS[self.name]
+            return reference.anchored_grad(of, w, *self._beside, *self.strengths)
         return formula(w, *self.strengths)
 
     def prox(self, w: Tensor, step: float | Tensor) -> Tensor:
@@ -175,7 +250,10 @@ class Penalty:
         """
         if not isinstance(step, Tensor):
             step = check_strength("step", step)
-        return reference.FORMULAS[self.name].prox(w, step, *self.strengths)
+        formula = reference.FORMULAS[self.name]
+        if self.is_anchored:
+            return reference.anchored_prox(formula, w, step, *self._beside, *self.strengths)
+        return formula.prox(w, step, *self.strengths)
 
 
 @dataclass(frozen=True)

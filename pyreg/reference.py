@@ -5,6 +5,8 @@ for 16-bit elements, otherwise the tensor's own); `grad` and `prox` return the t
 `value` is summed in float64. All of it is differentiable by autograd, in the weights and in
 strengths given as tensors, any number of times.
 
+Where a function takes `weight`, each element's term is multiplied by its own.
+
 Conventions: sign(0) = 0; NaN and infinity propagate; `step` is a number or a tensor that broadcasts
 (a step per element). S(x, t) = sign(x) max(|x| - t, 0).
 """
@@ -23,10 +25,11 @@ Strength = float | Tensor
 class Formula(NamedTuple):
     """A penalty's functions; strengths follow in the order of its class's fields."""
 
-    value: Callable[..., Tensor]  # (w, *strengths) -> 0-dim
+    value: Callable[..., Tensor]  # (w, *strengths, weight=None) -> 0-dim
     grad: Callable[..., Tensor] | None  # (w, *strengths) -> like w; None if there is none
     prox: Callable[..., Tensor]  # (w, step, *strengths) -> like w
-    # (w, *strengths) -> [learnable strengths] float64: dOmega/dstrength. Those come first.
+    # (w, *strengths, weight=None) -> [learnable strengths] float64: dOmega/dstrength. Those come
+    # first.
     strength_grad: Callable[..., Tensor]
 
 
@@ -49,8 +52,9 @@ def _strength(s: Strength, w: Tensor) -> Strength:
     return s.to(device=w.device, dtype=compute_dtype(w.dtype)) if isinstance(s, Tensor) else s
 
 
-def _total(terms: Tensor) -> Tensor:
+def _total(terms: Tensor, weight: Tensor | None) -> Tensor:
     """The sum in float64, or in the terms' dtype on a device without float64 (MPS)."""
+    terms = terms if weight is None else weight * terms
     return terms.sum() if terms.device.type == "mps" else terms.sum(dtype=torch.float64)
 
 
@@ -82,9 +86,9 @@ def _tensor(t: Strength, x: Tensor) -> Tensor:
     return torch.full((), t, dtype=x.dtype, device=x.device)  # (a copy would wait for the device)
 
 
-def l1_value(w: Tensor, lam: Strength) -> Tensor:
+def l1_value(w: Tensor, lam: Strength, weight: Tensor | None = None) -> Tensor:
     """lam * sum |w|"""
-    return _weigh(lam, _total(_upcast(w).abs())).to(value_dtype(w.dtype))
+    return _weigh(lam, _total(_upcast(w).abs(), weight)).to(value_dtype(w.dtype))
 
 
 def l1_grad(w: Tensor, lam: Strength) -> Tensor:
@@ -97,14 +101,14 @@ def l1_prox(w: Tensor, step: Strength, lam: Strength) -> Tensor:
     return soft_threshold(_upcast(w), _strength(step, w) * _strength(lam, w)).to(w.dtype)
 
 
-def l1_strength_grad(w: Tensor, lam: Strength) -> Tensor:
+def l1_strength_grad(w: Tensor, lam: Strength, weight: Tensor | None = None) -> Tensor:
     """[sum |w|]"""
-    return _total(_upcast(w).abs())[None]
+    return _total(_upcast(w).abs(), weight)[None]
 
 
-def l2_value(w: Tensor, lam: Strength) -> Tensor:
+def l2_value(w: Tensor, lam: Strength, weight: Tensor | None = None) -> Tensor:
     """lam * sum w^2"""
-    return _weigh(lam, _total(_upcast(w).square())).to(value_dtype(w.dtype))
+    return _weigh(lam, _total(_upcast(w).square(), weight)).to(value_dtype(w.dtype))
 
 
 def l2_grad(w: Tensor, lam: Strength) -> Tensor:
@@ -117,15 +121,17 @@ def l2_prox(w: Tensor, step: Strength, lam: Strength) -> Tensor:
     return (_upcast(w) / (1 + 2 * _strength(step, w) * _strength(lam, w))).to(w.dtype)
 
 
-def l2_strength_grad(w: Tensor, lam: Strength) -> Tensor:
+def l2_strength_grad(w: Tensor, lam: Strength, weight: Tensor | None = None) -> Tensor:
     """[sum w^2]"""
-    return _total(_upcast(w).square())[None]
+    return _total(_upcast(w).square(), weight)[None]
 
 
-def elastic_net_value(w: Tensor, l1: Strength, l2: Strength) -> Tensor:
+def elastic_net_value(
+    w: Tensor, l1: Strength, l2: Strength, weight: Tensor | None = None
+) -> Tensor:
     """l1 * sum |w| + l2 * sum w^2"""
     x = _upcast(w)
-    value = _weigh(l1, _total(x.abs())) + _weigh(l2, _total(x.square()))
+    value = _weigh(l1, _total(x.abs(), weight)) + _weigh(l2, _total(x.square(), weight))
     return value.to(value_dtype(w.dtype))
 
 
@@ -142,15 +148,17 @@ def elastic_net_prox(w: Tensor, step: Strength, l1: Strength, l2: Strength) -> T
     return (shrunk / (1 + 2 * t * _strength(l2, w))).to(w.dtype)
 
 
-def elastic_net_strength_grad(w: Tensor, l1: Strength, l2: Strength) -> Tensor:
+def elastic_net_strength_grad(
+    w: Tensor, l1: Strength, l2: Strength, weight: Tensor | None = None
+) -> Tensor:
     """[sum |w|, sum w^2]"""
     x = _upcast(w)
-    return torch.stack([_total(x.abs()), _total(x.square())])
+    return torch.stack([_total(x.abs(), weight), _total(x.square(), weight)])
 
 
-def l0_value(w: Tensor, lam: Strength) -> Tensor:
+def l0_value(w: Tensor, lam: Strength, weight: Tensor | None = None) -> Tensor:
     """lam * sum [w != 0]"""
-    return _weigh(lam, _total(sign(_upcast(w)).abs())).to(value_dtype(w.dtype))
+    return _weigh(lam, _total(sign(_upcast(w)).abs(), weight)).to(value_dtype(w.dtype))
 
 
 def l0_prox(w: Tensor, step: Strength, lam: Strength) -> Tensor:
@@ -160,9 +168,9 @@ def l0_prox(w: Tensor, step: Strength, lam: Strength) -> Tensor:
     return _where_kept(x.abs() > t.sqrt(), x).to(w.dtype)
 
 
-def l0_strength_grad(w: Tensor, lam: Strength) -> Tensor:
+def l0_strength_grad(w: Tensor, lam: Strength, weight: Tensor | None = None) -> Tensor:
     """[sum [w != 0]]"""
-    return _total(sign(_upcast(w)).abs())[None]
+    return _total(sign(_upcast(w)).abs(), weight)[None]
 
 
 def _root(x: Tensor) -> Tensor:
@@ -170,9 +178,9 @@ def _root(x: Tensor) -> Tensor:
     return torch.where(x == 0, 0, torch.where(x == 0, 1, x.abs()).sqrt())
 
 
-def l_half_value(w: Tensor, lam: Strength) -> Tensor:
+def l_half_value(w: Tensor, lam: Strength, weight: Tensor | None = None) -> Tensor:
     """lam * sum sqrt |w|"""
-    return _weigh(lam, _total(_root(_upcast(w)))).to(value_dtype(w.dtype))
+    return _weigh(lam, _total(_root(_upcast(w)), weight)).to(value_dtype(w.dtype))
 
 
 def l_half_grad(w: Tensor, lam: Strength) -> Tensor:
@@ -195,9 +203,9 @@ def l_half_prox(w: Tensor, step: Strength, lam: Strength) -> Tensor:
     return _where_kept(kept, torch.where(u == 0, x, shrunk)).to(w.dtype)
 
 
-def l_half_strength_grad(w: Tensor, lam: Strength) -> Tensor:
+def l_half_strength_grad(w: Tensor, lam: Strength, weight: Tensor | None = None) -> Tensor:
     """[sum sqrt |w|]"""
-    return _total(_root(_upcast(w)))[None]
+    return _total(_root(_upcast(w)), weight)[None]
 
 
 def _huber_terms(w: Tensor, delta: Strength) -> Tensor:
@@ -207,9 +215,9 @@ def _huber_terms(w: Tensor, delta: Strength) -> Tensor:
     return m / 2 * (m / delta) + (a - m)
 
 
-def huber_value(w: Tensor, lam: Strength, delta: Strength) -> Tensor:
+def huber_value(w: Tensor, lam: Strength, delta: Strength, weight: Tensor | None = None) -> Tensor:
     """lam * sum h(w), h = w^2 / (2 delta) where |w| <= delta, else |w| - delta / 2"""
-    return _weigh(lam, _total(_huber_terms(w, delta))).to(value_dtype(w.dtype))
+    return _weigh(lam, _total(_huber_terms(w, delta), weight)).to(value_dtype(w.dtype))
 
 
 def huber_grad(w: Tensor, lam: Strength, delta: Strength) -> Tensor:
@@ -224,14 +232,16 @@ def huber_prox(w: Tensor, step: Strength, lam: Strength, delta: Strength) -> Ten
     return torch.where(x.abs() <= delta + t, x / (1 + t / delta), x - t * sign(x)).to(w.dtype)
 
 
-def huber_strength_grad(w: Tensor, lam: Strength, delta: Strength) -> Tensor:
+def huber_strength_grad(
+    w: Tensor, lam: Strength, delta: Strength, weight: Tensor | None = None
+) -> Tensor:
     """[sum h(w)]"""
-    return _total(_huber_terms(w, delta))[None]
+    return _total(_huber_terms(w, delta), weight)[None]
 
 
-def log_sum_value(w: Tensor, lam: Strength, eps: Strength) -> Tensor:
+def log_sum_value(w: Tensor, lam: Strength, eps: Strength, weight: Tensor | None = None) -> Tensor:
     """lam * sum log(1 + |w| / eps)"""
-    return _weigh(lam, log_sum_strength_grad(w, lam, eps)[0]).to(value_dtype(w.dtype))
+    return _weigh(lam, log_sum_strength_grad(w, lam, eps, weight)[0]).to(value_dtype(w.dtype))
 
 
 def log_sum_grad(w: Tensor, lam: Strength, eps: Strength) -> Tensor:
@@ -254,16 +264,18 @@ def log_sum_prox(w: Tensor, step: Strength, lam: Strength, eps: Strength) -> Ten
     return _where_kept((p <= 1) & (u > 0) & ~beaten, sign(x) * u).to(w.dtype)
 
 
-def log_sum_strength_grad(w: Tensor, lam: Strength, eps: Strength) -> Tensor:
+def log_sum_strength_grad(
+    w: Tensor, lam: Strength, eps: Strength, weight: Tensor | None = None
+) -> Tensor:
     """[sum log(1 + |w| / eps)]"""
-    return _total(torch.log1p(_upcast(w).abs() / _strength(eps, w)))[None]
+    return _total(torch.log1p(_upcast(w).abs() / _strength(eps, w)), weight)[None]
 
 
-def mcp_value(w: Tensor, lam: Strength, gamma: Strength) -> Tensor:
+def mcp_value(w: Tensor, lam: Strength, gamma: Strength, weight: Tensor | None = None) -> Tensor:
     """sum of lam |w| - w^2 / (2 gamma) where |w| <= gamma lam, else gamma lam^2 / 2"""
     lam, gamma = _strength(lam, w), _strength(gamma, w)
     m = _upcast(w).abs().clamp_max(gamma * lam)
-    return _total(m * (lam - m / (2 * gamma))).to(value_dtype(w.dtype))
+    return _total(m * (lam - m / (2 * gamma)), weight).to(value_dtype(w.dtype))
 
 
 def mcp_grad(w: Tensor, lam: Strength, gamma: Strength) -> Tensor:
@@ -284,9 +296,11 @@ def mcp_prox(w: Tensor, step: Strength, lam: Strength, gamma: Strength) -> Tenso
     return torch.where(t < gamma, firm, hard).to(w.dtype)
 
 
-def mcp_strength_grad(w: Tensor, lam: Strength, gamma: Strength) -> Tensor:
+def mcp_strength_grad(
+    w: Tensor, lam: Strength, gamma: Strength, weight: Tensor | None = None
+) -> Tensor:
     """[sum min(|w|, gamma lam)]"""
-    return _total(_upcast(w).abs().clamp_max(_strength(gamma, w) * _strength(lam, w)))[None]
+    return _total(_upcast(w).abs().clamp_max(_strength(gamma, w) * _strength(lam, w)), weight)[None]
 
 
 def _scad_parts(w: Tensor, lam: Strength, a: Strength) -> tuple[Tensor, Tensor]:
@@ -295,13 +309,13 @@ def _scad_parts(w: Tensor, lam: Strength, a: Strength) -> tuple[Tensor, Tensor]:
     return m, (m - lam).clamp_min(0)
 
 
-def scad_value(w: Tensor, lam: Strength, a: Strength) -> Tensor:
+def scad_value(w: Tensor, lam: Strength, a: Strength, weight: Tensor | None = None) -> Tensor:
     """sum of lam |w| where |w| <= lam, (2 a lam |w| - w^2 - lam^2) / (2 (a - 1)) where
     |w| <= a lam, else (a + 1) lam^2 / 2
     """
     lam, a = _strength(lam, w), _strength(a, w)
     m, over = _scad_parts(w, lam, a)
-    return _total(lam * m - over * over / (2 * (a - 1))).to(value_dtype(w.dtype))
+    return _total(lam * m - over * over / (2 * (a - 1)), weight).to(value_dtype(w.dtype))
 
 
 def scad_grad(w: Tensor, lam: Strength, a: Strength) -> Tensor:
@@ -327,11 +341,13 @@ def scad_prox(w: Tensor, step: Strength, lam: Strength, a: Strength) -> Tensor:
     return torch.where(t < a - 1, small, large).to(w.dtype)
 
 
-def scad_strength_grad(w: Tensor, lam: Strength, a: Strength) -> Tensor:
+def scad_strength_grad(
+    w: Tensor, lam: Strength, a: Strength, weight: Tensor | None = None
+) -> Tensor:
     """[sum of min(|w|, a lam) + (min(max(|w|, lam), a lam) - lam) / (a - 1)]"""
     lam, a = _strength(lam, w), _strength(a, w)
     m, over = _scad_parts(w, lam, a)
-    return _total(m + over / (a - 1))[None]
+    return _total(m + over / (a - 1), weight)[None]
 
 
 FORMULAS: dict[str, Formula] = {
@@ -347,6 +363,53 @@ FORMULAS: dict[str, Formula] = {
     "mcp": Formula(mcp_value, mcp_grad, mcp_prox, mcp_strength_grad),
     "scad": Formula(scad_value, scad_grad, scad_prox, scad_strength_grad),
 }
+
+
+def _measured(w: Tensor, anchor: Tensor | None) -> Tensor:
+    """w - anchor in the compute dtype."""
+    x = _upcast(w)
+    return x if anchor is None else x - anchor.to(x)
+
+
+def anchored_value(
+    formula: Formula, w: Tensor, anchor: Tensor | None, weight: Tensor | None, *strengths: Strength
+) -> Tensor:
+    """Of Omega = sum weight_i rho(w_i - anchor_i); without an anchor it is 0, without weights 1."""
+    x = _measured(w, anchor)
+    return formula.value(x, *strengths, weight=None if weight is None else weight.to(x))
+
+
+def anchored_grad(
+    formula: Formula, w: Tensor, anchor: Tensor | None, weight: Tensor | None, *strengths: Strength
+) -> Tensor:
+    """weight * rho'(w - anchor)"""
+    grad = formula.grad(_measured(w, anchor), *strengths)
+    return (grad if weight is None else weight.to(grad) * grad).to(w.dtype)
+
+
+def anchored_prox(
+    formula: Formula,
+    w: Tensor,
+    step: Strength,
+    anchor: Tensor | None,
+    weight: Tensor | None,
+    *strengths: Strength,
+) -> Tensor:
+    """anchor + prox(w - anchor, step * weight), and w itself where that does not move it"""
+    x = _measured(w, anchor)
+    step = _strength(step, x)
+    moved = formula.prox(x, step if weight is None else step * weight.to(x), *strengths)
+    if anchor is not None:
+        moved = torch.where(moved == x, _upcast(w), anchor.to(x) + moved)
+    return moved.to(w.dtype)
+
+
+def anchored_strength_grad(
+    formula: Formula, w: Tensor, anchor: Tensor | None, weight: Tensor | None, *strengths: Strength
+) -> Tensor:
+    """dOmega/dstrength, as of `Formula.strength_grad`"""
+    x = _measured(w, anchor)
+    return formula.strength_grad(x, *strengths, weight=None if weight is None else weight.to(x))
 
 
 def metric_step(

@@ -15,7 +15,7 @@ from .coverage import Coverage, Covered, report_rules, resolve
 from .dispatch import choose
 from .look import Slots, require_grad, unchanged
 from .metric import Metric
-from .pack import Packs, check, check_gradient, check_memory, label
+from .pack import Packs, Pair, check, check_gradient, check_memory, check_pair, label
 from .penalties import (
     Penalty,
     check_differentiable,
@@ -29,13 +29,17 @@ from .stats import Stats
 class _Group:
     """Some of the covered parameters, with the packs of their sweeps."""
 
-    def __init__(self, covered: Sequence[Covered], patterns: Sequence[str], kinds: Sequence[str]):
+    def __init__(self, covered: Sequence[Covered], rules: Mapping[str, Penalty]) -> None:
         self.covered = covered
         self.part: _Group = self
         self.part_flags = b""
         self.names = [row.name for row in covered]
         self.tensors = [row.tensor for row in covered]
-        self.packs = Packs(tuple(kinds), [patterns.index(row.rule) for row in covered])
+        patterns, kinds = list(rules), tuple(rule.name for rule in rules.values())
+        anchors = None
+        if any(rule.is_anchored for rule in rules.values()):
+            anchors = [_pair(rules[row.rule], row, self.label(i)) for i, row in enumerate(covered)]
+        self.packs = Packs(kinds, [patterns.index(row.rule) for row in covered], anchors)
 
     def label(self, i: int) -> str:
         return label(i, self.names[i])
@@ -343,7 +347,7 @@ class Regularizer:
         self._slots = [] if self._model is None else _slots(self._model, names)
 
     def _group(self, covered: Sequence[Covered]) -> _Group:
-        return _Group(covered, list(self.rules), [rule.name for rule in self.rules.values()])
+        return _Group(covered, self.rules)
 
     def _refresh(self) -> None:
         """Resolve again if the module holds other parameters by now."""
@@ -375,14 +379,32 @@ class Regularizer:
         active = [i for i, t in enumerate(tensors) if self.include_frozen or t.requires_grad]
         if not active:
             return self._zero()
-        rule_of = group.packs.rule_of
-        return ops.value(
-            [tensors[i] for i in active], self._penalties, [rule_of[i] for i in active]
-        )
+        tensors = [tensors[i] for i in active]
+        rule_of = [group.packs.rule_of[i] for i in active]
+        if (anchors := group.packs.anchors) is not None:
+            pairs = [anchors[i] for i in active]
+            return autograd.formula_value(tensors, self._penalties, rule_of, pairs)
+        return ops.value(tensors, self._penalties, rule_of)
 
     def _zero(self) -> Tensor:
         t = self._covered.tensors[0]
         return torch.zeros((), dtype=torch.float32, device=t.device)
+
+
+def _pair(rule: Penalty, row: Covered, label: str) -> Pair:
+    """The anchor and weights of one parameter, as constants."""
+    try:
+        beside = rule.beside(row.name, *row.aliases)
+    except KeyError as error:
+        kind = error.args[0]
+        raise ValueError(
+            f"{label}: rule {row.rule!r} has no {kind} for it; give it one, or a rule of its own"
+        ) from None
+    pair = tuple(t.detach() if isinstance(t, Tensor) else t for t in beside)
+    check_pair(pair, row.tensor, label)
+    if pair[1] is not None and not ((pair[1] >= 0) & pair[1].isfinite()).all():
+        raise ValueError(f"{label}: its weight has elements that are not finite numbers >= 0")
+    return pair
 
 
 def _slots(model: nn.Module, names: Iterable[str]) -> list[Slots]:

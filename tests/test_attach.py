@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import pyreg
+from pyreg import metric, reference
 from pyreg.metric import METRICS
 
 L1, L2 = 0.05, 0.02
@@ -350,6 +351,33 @@ def test_what_cannot_be_attached():
     assert not sgd._optimizer_step_pre_hooks
     assert not sgd._optimizer_step_post_hooks
     reg.attach(torch.optim.Adadelta(model.parameters()), "prox", metric="identity")
+
+
+@OPTIMIZER
+def test_a_metric_waits_for_nothing(monkeypatch, kind):
+    """lr and step as tensors that cannot be read, as capturable optimizers keep them on a GPU."""
+    model = net()
+    optimizer = make(kind, model)
+    read = METRICS[type(optimizer)]
+    for x, y in data(8):  # RAdam's first steps have another metric
+        optimizer.zero_grad()
+        (model(x) - y).square().sum().backward()
+        optimizer.step()
+        for group in optimizer.param_groups:
+            p = group["params"][0]
+            state = optimizer.state[p]
+            expected = reference.metric_step(*read(group, state), dtype=p.dtype)
+            with monkeypatch.context() as patch:
+                patch.setattr(metric, "_number", lambda n: torch.as_tensor(n, dtype=torch.float64))
+                for name in ("item", "__bool__", "__float__", "__int__", "tolist"):
+                    patch.setattr(torch.Tensor, name, unreadable)
+                found = reference.metric_step(*read(group, state), dtype=p.dtype)
+            one = torch.ones_like(p.detach())
+            torch.testing.assert_close(found * one, expected * one, rtol=1e-12, atol=0)
+
+
+def unreadable(*args):
+    raise AssertionError("this would wait for the device")
 
 
 def test_a_subclass_has_its_parents_metric():

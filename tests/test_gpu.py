@@ -248,6 +248,34 @@ def test_a_graph_captures_several_sweeps_of_a_training_step(place):
         assert oracle.same(p, q)
 
 
+@pytest.mark.parametrize("mode", ["grad", "prox"])
+def test_a_graph_captures_the_step_of_an_attached_optimizer(place, mode):
+    """Adam with capturable=True, whose step count the metric reads on the device."""
+    graphed, plain = parameters(place), parameters(place)
+    on_gpu = torch.device(on(place)).type == "cuda"  # (elsewhere Adam refuses to be capturable)
+
+    def step_of(named: list):
+        optimizer = torch.optim.Adam([p for _, p in named], lr=0.01, capturable=on_gpu)
+        pyreg.Regularizer(named, pyreg.ElasticNet(0.3, 0.1)).attach(optimizer, mode)
+
+        def step() -> None:
+            for _, p in named:
+                p.grad.copy_(p.detach())
+            optimizer.step()
+
+        return step
+
+    first, second = step_of(graphed), step_of(plain)
+    first()
+    second()
+    replay = device.capture(on(place), first)
+    for _ in range(3):
+        replay()
+        second()
+    for (_, p), (_, q) in zip(graphed, plain, strict=True):
+        assert oracle.same(p, q)
+
+
 def test_capture_without_warm_up(gpu, place):
     """A clear error, or for a backend that needs no table in device memory the right result."""
     named = parameters(place)

@@ -14,13 +14,14 @@
 #include "kernels.h"
 
 #include <cstring>
+#include <type_traits>
 
 #include "elements.h"
 
 namespace pyreg::cpu::PYREG_ISA {
 namespace {
 
-constexpr int kLanes = 256;
+constexpr int kLanes = kBlock;
 constexpr int kDepth = kChunk / kLanes;
 static_assert(kDepth == 16, "the error bound above assumes it");
 
@@ -254,6 +255,181 @@ void stats(const void* w_, int64_t n, Stats* stats) {
   }
 }
 
+// Anchored penalties: the drivers widen, subtract, weigh and add back; the maths comes by pointer.
+// (Kernels of their own for each penalty and dtype would double the library.)
+
+template <class P, class C>
+void weighted_sums(const C* x, const C* weight, int n, const C* c, C (*lanes)[kBlock]) {
+#pragma omp simd
+  for (int j = 0; j < n; ++j) lanes[0][j] += weight[j] * P::template add<0>(C(0), x[j], c);
+  if constexpr (P::kSums > 1) {
+#pragma omp simd
+    for (int j = 0; j < n; ++j) lanes[1][j] += weight[j] * P::template add<1>(C(0), x[j], c);
+  }
+}
+template <class P, class C>
+void weighted_grad(const C* x, const C* weight, int n, const C* c, C scale, C* y) {
+#pragma omp simd
+  for (int j = 0; j < n; ++j) y[j] = scale * (weight[j] * P::grad(x[j], c));
+}
+template <class P, class C>
+void stepwise_prox(const C* x, const C* steps, int n, const C* c, C* y) {
+#pragma omp simd
+  for (int j = 0; j < n; ++j) y[j] = P::prox(x[j], steps[j], c);
+}
+
+#define PYREG_MATHS(P) {weighted_sums<P, C>, weighted_grad<P, C>, stepwise_prox<P, C>},
+template <class C>
+const WeightedMaths<C> maths[kPenalties] = {PYREG_PENALTIES(PYREG_MATHS)};
+#undef PYREG_MATHS
+
+// n elements from the i-th, of any dtype, in the compute type; `absent` where there is no tensor.
+template <class C, class D>
+PYREG_FN void load_as(const void* from, int64_t i, int n, C* to) {
+  typename Element<D>::Compute buffer[kBlock];
+  const auto* x = widen(static_cast<const D*>(from) + i, n, buffer);
+#pragma omp simd
+  for (int j = 0; j < n; ++j) to[j] = static_cast<C>(x[j]);
+}
+template <class C>
+void load(const void* from, DType dtype, int64_t i, int n, C absent, C* to) {
+  if (from == nullptr) {
+    for (int j = 0; j < n; ++j) to[j] = absent;
+    return;
+  }
+  switch (dtype) {
+    case DType::kFloat32:
+      return load_as<C, float>(from, i, n, to);
+    case DType::kFloat64:
+      return load_as<C, double>(from, i, n, to);
+    case DType::kBFloat16:
+      return load_as<C, BFloat16>(from, i, n, to);
+    case DType::kFloat16:
+      return load_as<C, Float16>(from, i, n, to);
+  }
+}
+
+template <class T>
+constexpr DType kOwn = std::is_same_v<T, float>      ? DType::kFloat32
+                       : std::is_same_v<T, double>   ? DType::kFloat64
+                       : std::is_same_v<T, BFloat16> ? DType::kBFloat16
+                                                     : DType::kFloat16;
+
+// The elements of one block, measured from the anchor: x = w - origin, and their weights.
+template <class T>
+struct Measured {
+  using C = typename Element<T>::Compute;
+  C x[kBlock], origin[kBlock], weight[kBlock];
+
+  PYREG_FN void read(const T* w, const Anchor& anchor, int64_t i, int n) {
+    C buffer[kBlock];
+    load(anchor.origin, anchor.origin_dtype, i, n, C(0), origin);
+    load(anchor.weight, anchor.weight_dtype, i, n, C(1), weight);
+    const C* from = widen(w, n, buffer);
+#pragma omp simd
+    for (int j = 0; j < n; ++j) x[j] = from[j] - origin[j];
+  }
+};
+
+// Blocks of a segment, with the lanes of each chunk flushed into the sums (none if they are null).
+template <class C, class Body>
+PYREG_FN void for_each_block(int64_t n, int sums_of_penalty, double* sums, const Body& body) {
+  for (int64_t chunk = 0; chunk < n; chunk += kChunk) {
+    const int64_t end = chunk + at_most(n - chunk, kChunk);
+    C lanes[kMaxSums][kBlock] = {};
+    for (int64_t i = chunk; i < end; i += kBlock) body(i, at_most(end - i, kBlock), lanes);
+    if (sums == nullptr) continue;
+    for (int k = 0; k < sums_of_penalty; ++k) sums[k] += reduce(lanes[k], kBlock);
+  }
+}
+
+#define PYREG_SUMS(P) P::kSums,
+constexpr int kSumsOf[kPenalties] = {PYREG_PENALTIES(PYREG_SUMS)};
+#undef PYREG_SUMS
+
+template <class T>
+void anchored_value(int penalty, const void* w_, const Anchor& anchor, int64_t begin, int64_t n,
+                    const double* strengths, double* sums) {
+  using C = typename Element<T>::Compute;
+  const T* w = static_cast<const T*>(w_);
+  const Strengths<C> s(strengths);
+  Measured<T> m;
+  for_each_block<C>(n, kSumsOf[penalty], sums, [&](int64_t i, int block, C(*lanes)[kBlock]) {
+    m.read(w + i, anchor, begin + i, block);
+    maths<C>[penalty].sums(m.x, m.weight, block, s.c, lanes);
+  });
+}
+
+template <class T>
+void anchored_gradient(int penalty, const void* w_, void* g_, const Anchor& anchor, int64_t begin,
+                       int64_t n, const double* strengths, double scale, double* sums) {
+  using C = typename Element<T>::Compute;
+  const T* w = static_cast<const T*>(w_);
+  T* g = static_cast<T*>(g_);
+  const Strengths<C> s(strengths);
+  Measured<T> m;
+  C result[kBlock], buffer[kBlock], added[kBlock];
+  for_each_block<C>(n, kSumsOf[penalty], sums, [&](int64_t i, int block, C(*lanes)[kBlock]) {
+    m.read(w + i, anchor, begin + i, block);
+    maths<C>[penalty].grad(m.x, m.weight, block, s.c, static_cast<C>(scale), added);
+    C* y = target(g + i, result);
+    if (sums == nullptr) {
+      for (int j = 0; j < block; ++j) y[j] = added[j];
+    } else {
+      maths<C>[penalty].sums(m.x, m.weight, block, s.c, lanes);
+      const C* old = widen(static_cast<const T*>(g + i), block, buffer);
+#pragma omp simd
+      for (int j = 0; j < block; ++j) y[j] = old[j] + added[j];
+    }
+    narrow(y, block, g + i);
+  });
+}
+
+// What the prox leaves where it is stays exactly, however far the origin.
+template <class T>
+void anchored_prox(int penalty, void* w_, const Anchor& anchor, int64_t begin, int64_t n,
+                   const double* strengths, const Metric& metric, double* sums) {
+  using C = typename Element<T>::Compute;
+  T* w = static_cast<T*>(w_);
+  const Strengths<C> s(strengths);
+  const C numerator = static_cast<C>(metric.numerator), factor = static_cast<C>(metric.factor),
+          offset = static_cast<C>(metric.offset);
+  const DType moment_dtype = metric.float32 ? DType::kFloat32 : kOwn<T>;
+  Measured<T> m;
+  C result[kBlock], buffer[kBlock], steps[kBlock], shrunk[kBlock];
+  for_each_block<C>(n, kSumsOf[penalty], sums, [&](int64_t i, int block, C(*lanes)[kBlock]) {
+    m.read(w + i, anchor, begin + i, block);
+    load(metric.moment, moment_dtype, i, block, C(0), steps);
+    if (metric.moment == nullptr) {
+      for (int j = 0; j < block; ++j) steps[j] = numerator;
+    } else if (metric.root) {
+#pragma omp simd
+      for (int j = 0; j < block; ++j)
+        steps[j] = numerator / (factor * square_root(steps[j]) + offset);
+    } else {
+#pragma omp simd
+      for (int j = 0; j < block; ++j) steps[j] = numerator / (factor * steps[j] + offset);
+    }
+#pragma omp simd
+    for (int j = 0; j < block; ++j) steps[j] *= m.weight[j];
+    maths<C>[penalty].prox(m.x, steps, block, s.c, shrunk);
+    const C* old = widen(static_cast<const T*>(w + i), block, buffer);
+    C* y = target(w + i, result);
+#pragma omp simd
+    for (int j = 0; j < block; ++j) y[j] = shrunk[j] == m.x[j] ? old[j] : m.origin[j] + shrunk[j];
+    narrow(y, block, w + i);
+    if (sums != nullptr) {
+      m.read(w + i, anchor, begin + i, block);
+      maths<C>[penalty].sums(m.x, m.weight, block, s.c, lanes);
+    }
+  });
+}
+
+template <class T>
+constexpr AnchoredKernels anchored() {
+  return {anchored_value<T>, anchored_gradient<T>, anchored_prox<T>};
+}
+
 template <class P, class T>
 constexpr PenaltyKernels of() {
   return {value<P, T>,
@@ -267,8 +443,10 @@ constexpr PenaltyKernels of() {
 
 extern const Kernels kernels;
 #define PYREG_ROW(P) {of<P, float>(), of<P, double>(), of<P, BFloat16>(), of<P, Float16>()},
-const Kernels kernels = {{PYREG_PENALTIES(PYREG_ROW)},
-                         {stats<float>, stats<double>, stats<BFloat16>, stats<Float16>}};
+const Kernels kernels = {
+    {PYREG_PENALTIES(PYREG_ROW)},
+    {anchored<float>(), anchored<double>(), anchored<BFloat16>(), anchored<Float16>()},
+    {stats<float>, stats<double>, stats<BFloat16>, stats<Float16>}};
 #undef PYREG_ROW
 
 }  // namespace pyreg::cpu::PYREG_ISA

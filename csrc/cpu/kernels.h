@@ -18,8 +18,33 @@ struct PenaltyKernels {
                             const Metric& metric, double* sums);
 };
 
+// The same maths on what was widened already: at most kBlock elements x = w - origin in the compute
+// type, each with its weight. y is the result.
+constexpr int kBlock = 256;
+template <class C>
+struct WeightedMaths {
+  // lanes[k][j] += weight[j] * the k-th sum's term of x[j]
+  void (*sums)(const C* x, const C* weight, int n, const C* strengths, C (*lanes)[kBlock]);
+  void (*grad)(const C* x, const C* weight, int n, const C* strengths, C scale, C* y);
+  void (*prox)(const C* x, const C* steps, int n, const C* strengths, C* y);
+};
+
+// n elements at w (and g, and a metric's moment) from element `begin` of a row, measured from its
+// anchor.
+struct AnchoredKernels {
+  void (*value)(int penalty, const void* w, const Anchor& anchor, int64_t begin, int64_t n,
+                const double* strengths, double* sums);
+  // Adds to g, and the sums to sums, unless sums is null: then g is written.
+  void (*gradient)(int penalty, const void* w, void* g, const Anchor& anchor, int64_t begin,
+                   int64_t n, const double* strengths, double scale, double* sums);
+  // The sums of the new w, unless sums is null.
+  void (*prox)(int penalty, void* w, const Anchor& anchor, int64_t begin, int64_t n,
+               const double* strengths, const Metric& metric, double* sums);
+};
+
 struct Kernels {
   PenaltyKernels penalty[kPenalties][kDTypes];
+  AnchoredKernels anchored[kDTypes];
   void (*stats[kDTypes])(const void* w, int64_t n, Stats* stats);
 };
 

@@ -67,8 +67,10 @@ std::atomic<const InstructionSet*>& chosen() {
   return set;
 }
 
+int penalty_of(const Table& table, const Row& row) { return table.penalties()[row.rule]; }
+
 const PenaltyKernels& kernels_for(const Kernels& kernels, const Table& table, const Row& row) {
-  return kernels.penalty[table.penalties()[row.rule]][static_cast<int>(row.dtype)];
+  return kernels.penalty[penalty_of(table, row)][static_cast<int>(row.dtype)];
 }
 
 template <class Pointer>
@@ -76,6 +78,10 @@ Pointer offset(Pointer base, const Row& row, int64_t elements) {
   using Byte =
       std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
   return static_cast<Byte*>(base) + elements * item_size(row.dtype);
+}
+
+const AnchoredKernels& anchored_kernels_for(const Kernels& kernels, const Row& row) {
+  return kernels.anchored[static_cast<int>(row.dtype)];
 }
 
 // Below this many elements a team costs more than it saves. Results do not depend on it.
@@ -167,71 +173,105 @@ bool has_openmp() {
 }
 
 void value(const Table& table, const void* const* w, const double* strengths, double* sums,
-           int threads) {
+           int threads, const Anchor* anchors) {
   const Kernels& kernels = *chosen().load()->kernels;
   double* partials = scratch<double>(table.segments() * kMaxSums);
   for_each_segment(table, threads, [&](int64_t segment, const Row& row, const Span& span) {
-    kernels_for(kernels, table, row)
-        .value(offset(w[span.row], row, span.begin), span.end - span.begin,
-               strengths + row.rule * kMaxStrengths, partials + segment * kMaxSums);
+    const void* from = offset(w[span.row], row, span.begin);
+    const int64_t n = span.end - span.begin;
+    const double* c = strengths + row.rule * kMaxStrengths;
+    double* into = partials + segment * kMaxSums;
+    if (anchors != nullptr)
+      anchored_kernels_for(kernels, row)
+          .value(penalty_of(table, row), from, anchors[span.row], span.begin, n, c, into);
+    else
+      kernels_for(kernels, table, row).value(from, n, c, into);
   });
   combine_by_rule(table, partials, sums);
 }
 
 void gradient(const Table& table, const void* const* w, void* const* g, const double* strengths,
-              double scale, int threads) {
+              double scale, int threads, const Anchor* anchors) {
   const Kernels& kernels = *chosen().load()->kernels;
   for_each_segment(table, threads, [&](int64_t, const Row& row, const Span& span) {
     if (g[span.row] == nullptr) return;
-    kernels_for(kernels, table, row)
-        .gradient(offset(w[span.row], row, span.begin), offset(g[span.row], row, span.begin),
-                  span.end - span.begin, strengths + row.rule * kMaxStrengths, scale);
+    const void* from = offset(w[span.row], row, span.begin);
+    void* into = offset(g[span.row], row, span.begin);
+    const int64_t n = span.end - span.begin;
+    const double* c = strengths + row.rule * kMaxStrengths;
+    if (anchors != nullptr)
+      anchored_kernels_for(kernels, row)
+          .gradient(penalty_of(table, row), from, into, anchors[span.row], span.begin, n, c, scale,
+                    nullptr);
+    else
+      kernels_for(kernels, table, row).gradient(from, into, n, c, scale);
   });
 }
 
 void accumulate(const Table& table, const void* const* w, void* const* g, const double* strengths,
-                double scale, double* sums, int threads) {
+                double scale, double* sums, int threads, const Anchor* anchors) {
   const Kernels& kernels = *chosen().load()->kernels;
   double* partials = scratch<double>(table.segments() * kMaxSums);
   for_each_segment(table, threads, [&](int64_t segment, const Row& row, const Span& span) {
     const PenaltyKernels& k = kernels_for(kernels, table, row);
+    const AnchoredKernels& anchored = anchored_kernels_for(kernels, row);
+    const int penalty = penalty_of(table, row);
     const void* from = offset(w[span.row], row, span.begin);
+    void* add_to = g[span.row];
+    if (add_to != nullptr) add_to = offset(add_to, row, span.begin);
     const int64_t n = span.end - span.begin;
     const double* c = strengths + row.rule * kMaxStrengths;
     double* into = partials + segment * kMaxSums;
-    if (g[span.row] == nullptr)
+    if (anchors == nullptr && add_to == nullptr)
       k.value(from, n, c, into);
+    else if (anchors == nullptr)
+      k.accumulate(from, add_to, n, c, scale, into);
+    else if (add_to == nullptr)
+      anchored.value(penalty, from, anchors[span.row], span.begin, n, c, into);
     else
-      k.accumulate(from, offset(g[span.row], row, span.begin), n, c, scale, into);
+      anchored.gradient(penalty, from, add_to, anchors[span.row], span.begin, n, c, scale, into);
   });
   combine_by_rule(table, partials, sums);
 }
 
-void prox(const Table& table, void* const* w, const double* strengths, double step, int threads) {
+void prox(const Table& table, void* const* w, const double* strengths, double step, int threads,
+          const Anchor* anchors) {
   const Kernels& kernels = *chosen().load()->kernels;
+  Metric metric;
+  metric.numerator = step;
   for_each_segment(table, threads, [&](int64_t, const Row& row, const Span& span) {
     if (w[span.row] == nullptr) return;
-    kernels_for(kernels, table, row)
-        .prox(offset(w[span.row], row, span.begin), span.end - span.begin,
-              strengths + row.rule * kMaxStrengths, step);
+    void* at = offset(w[span.row], row, span.begin);
+    const int64_t n = span.end - span.begin;
+    const double* c = strengths + row.rule * kMaxStrengths;
+    if (anchors != nullptr)
+      anchored_kernels_for(kernels, row)
+          .prox(penalty_of(table, row), at, anchors[span.row], span.begin, n, c, metric, nullptr);
+    else
+      kernels_for(kernels, table, row).prox(at, n, c, step);
   });
 }
 
 void prox_in_metric(const Table& table, void* const* w, const Metric* metrics,
-                    const double* strengths, double* sums, int threads) {
+                    const double* strengths, double* sums, int threads, const Anchor* anchors) {
   const Kernels& kernels = *chosen().load()->kernels;
   double* partials = scratch<double>(table.segments() * kMaxSums);
   for_each_segment(table, threads, [&](int64_t segment, const Row& row, const Span& span) {
     if (w[span.row] == nullptr) return;
-    const Metric& metric = metrics[span.row];
-    const void* moment = metric.moment;
-    if (moment != nullptr)
-      moment = static_cast<const char*>(moment) +
-               span.begin * (metric.float32 ? sizeof(float) : item_size(row.dtype));
-    kernels_for(kernels, table, row)
-        .prox_in_metric[metric.float32](offset(w[span.row], row, span.begin), moment,
-                                        span.end - span.begin, strengths + row.rule * kMaxStrengths,
-                                        metric, partials + segment * kMaxSums);
+    void* at = offset(w[span.row], row, span.begin);
+    const int64_t n = span.end - span.begin;
+    const double* c = strengths + row.rule * kMaxStrengths;
+    double* into = partials + segment * kMaxSums;
+    Metric metric = metrics[span.row];
+    if (metric.moment != nullptr)
+      metric.moment = static_cast<const char*>(metric.moment) +
+                      span.begin * (metric.float32 ? sizeof(float) : item_size(row.dtype));
+    if (anchors != nullptr)
+      anchored_kernels_for(kernels, row)
+          .prox(penalty_of(table, row), at, anchors[span.row], span.begin, n, c, metric, into);
+    else
+      kernels_for(kernels, table, row)
+          .prox_in_metric[metric.float32](at, metric.moment, n, c, metric, into);
   });
   combine_by_rule(table, partials, sums);
 }

@@ -172,6 +172,8 @@ class CudaBackend:
     def refuses(self, pack: Pack, by_name: bool = False) -> str | None:
         if pack.irregular is not None:
             return pack.irregular
+        if pack.anchors is not None:
+            return "anchored penalties have no kernels there yet"
         if pack.device.type != load().device_type:
             return f"no native sweeps for device {pack.device}"
         if torch.version.hip:
@@ -213,7 +215,7 @@ class CudaBackend:
             "accumulate", pack, tensors, "gradients", out, strengths, _number(scale, pack)
         )
         for i in others:
-            add_gradient(rules[pack.rule_of[i]], tensors[i], scale)
+            add_gradient(pack.penalty(i, rules), tensors[i], scale)
         return self._value(pack, out), present
 
     def prox(
@@ -222,7 +224,7 @@ class CudaBackend:
         strengths = _strengths(rules, pack)
         others = self._sweep("prox", pack, tensors, "plain", None, strengths, _number(step, pack))
         for i in others:
-            apply_prox(rules[pack.rule_of[i]], tensors[i], step)
+            apply_prox(pack.penalty(i, rules), tensors[i], step)
         torch.autograd.graph.increment_version(tensors)
 
     prox_in_metric = TorchBackend.prox_in_metric

@@ -56,7 +56,7 @@ class NativeBackend:
         layout = pack.layouts.get(self.name)
         if layout is None:
             pack.check_rows(tensors)
-            layout = load().Layout(tensors, pack.rule_of, list(pack.penalties))
+            layout = load().Layout(tensors, pack.rule_of, list(pack.penalties), pack.anchors)
             pack.layouts[self.name] = layout
         return layout
 
@@ -102,14 +102,14 @@ class NativeBackend:
         strengths = self._strengths(rules)
         value, present, others = self._sweep("accumulate", pack, tensors, strengths, float(scale))
         for i in others:
-            add_gradient(rules[pack.rule_of[i]], tensors[i], scale)
+            add_gradient(pack.penalty(i, rules), tensors[i], scale)
         return value, present
 
     def prox(
         self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty], step: float | Tensor
     ) -> None:
         for i in self._sweep("prox", pack, tensors, self._strengths(rules), float(step)):
-            apply_prox(rules[pack.rule_of[i]], tensors[i], step)
+            apply_prox(pack.penalty(i, rules), tensors[i], step)
         torch.autograd.graph.increment_version(tensors)
 
     def prox_in_metric(
@@ -129,8 +129,8 @@ class NativeBackend:
             self._strengths(rules),
         )
         for i in dict.fromkeys(others):
-            apply_prox_in_metric(rules[pack.rule_of[i]], tensors[i], metrics[i])
-            value += rules[pack.rule_of[i]].value(tensors[i]).item()
+            apply_prox_in_metric(pack.penalty(i, rules), tensors[i], metrics[i])
+            value += pack.penalty(i, rules).value(tensors[i]).item()
         torch.autograd.graph.increment_version(tensors)
         return torch.tensor(value, dtype=torch.float64, device=pack.device)
 

@@ -32,7 +32,7 @@ class TorchBackend:
         self, pack: Pack, tensors: Sequence[Tensor], rules: Sequence[Penalty]
     ) -> Tensor:
         """The value as a graph of torch operations: 0-dim float64."""
-        terms = [rules[r].value(t) for r, t in zip(pack.rule_of, tensors, strict=True)]
+        terms = [pack.penalty(i, rules).value(t) for i, t in enumerate(tensors)]
         return torch.stack([term.double() for term in terms]).sum()
 
     def value(
@@ -50,9 +50,9 @@ class TorchBackend:
         scale: float | Tensor,
     ) -> None:
         with torch.no_grad():
-            for r, t, g in zip(pack.rule_of, tensors, grads, strict=True):
+            for i, (t, g) in enumerate(zip(tensors, grads, strict=True)):
                 if g is not None:
-                    g.copy_(_scaled_gradient(rules[r], t, scale))
+                    g.copy_(_scaled_gradient(pack.penalty(i, rules), t, scale))
 
     def accumulate(
         self,
@@ -63,17 +63,17 @@ class TorchBackend:
     ) -> tuple[Tensor, int]:
         value, _ = self.value(pack, tensors, rules)
         present = 0
-        for r, t in zip(pack.rule_of, tensors, strict=True):
+        for i, t in enumerate(tensors):
             if t.grad is not None:
-                add_gradient(rules[r], t, scale)
+                add_gradient(pack.penalty(i, rules), t, scale)
                 present += 1
         return value, present
 
     def prox(
         self, pack: Pack, tensors: Sequence[Tensor], rules: Sequence[Penalty], step: float | Tensor
     ) -> None:
-        for r, t in zip(pack.rule_of, tensors, strict=True):
-            apply_prox(rules[r], t, step)
+        for i, t in enumerate(tensors):
+            apply_prox(pack.penalty(i, rules), t, step)
 
     def prox_in_metric(
         self,
@@ -84,8 +84,8 @@ class TorchBackend:
     ) -> Tensor:
         """By the formulas on every device, tensor by tensor. CUDA and Triton have no other yet."""
         _check(pack, tensors)
-        for r, t, metric in zip(pack.rule_of, tensors, metrics, strict=True):
-            apply_prox_in_metric(rules[r], t, metric)
+        for i, (t, metric) in enumerate(zip(tensors, metrics, strict=True)):
+            apply_prox_in_metric(pack.penalty(i, rules), t, metric)
         return self.value(pack, tensors, rules)[0]
 
     def stats(self, pack: Pack, tensors: Sequence[Tensor]) -> Tensor:

@@ -70,6 +70,8 @@ class TritonBackend:
     def refuses(self, pack: Pack, by_name: bool = False) -> str | None:
         if pack.irregular is not None:
             return pack.irregular
+        if pack.anchors is not None:
+            return "anchored penalties have no kernels there yet"
         serves = "cpu" if interpreted() else "cuda"
         if pack.device.type != serves:
             return f"no Triton sweeps for device {pack.device} (they serve {serves} tensors here)"
@@ -120,7 +122,7 @@ class TritonBackend:
         scale = _on_device(scale, pack)
         value = self._sweep(state.layout.accumulate, tensors, grads, strengths, scale, pointers)
         for i in state.others:
-            add_gradient(rules[pack.rule_of[i]], tensors[i], scale)
+            add_gradient(pack.penalty(i, rules), tensors[i], scale)
         return value, present
 
     def prox(
