@@ -1,4 +1,5 @@
-// The Python module pyreg._native: a Layout of CPU tensors, and the sweeps over it.
+// The Python module pyreg._native: a Layout of CPU tensors, and the sweeps over it. And a Look at
+// tensors of any device, for sweeps that are not compiled here.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -188,11 +189,46 @@ class Layout {
   std::optional<Pairs> anchors_;
 };
 
+// Addresses as int64 in one piece, to be compared and copied at once.
+static_assert(sizeof(void*) == sizeof(int64_t));
+py::bytes as_bytes(const Pointers& pointers) {
+  return py::bytes(reinterpret_cast<const char*>(pointers.data()), pointers.size() * sizeof(void*));
+}
+
+// Tensors of the first one's device.
+Look look_at(const py::list& tensors) {
+  TensorReader reader;
+  const TensorView first = reader.read(py::object(tensors[0]).ptr());
+  return {tensors, std::vector<int>(py::len(tensors)), first.device_type, first.device_index};
+}
+
+py::bytes tensors(Look& look, const py::list& tensors) {
+  TensorReader reader;
+  return as_bytes(look.tensors(tensors, reader));
+}
+
+py::tuple separate_tensors(Look& look, const py::list& tensors) {
+  TensorReader reader;
+  std::vector<int64_t> others;
+  const Pointers w = look.separate_tensors(tensors, reader, others);
+  return py::make_tuple(as_bytes(w), others);
+}
+
+Shown with_gradients(Look& look, const py::list& tensors, const py::list& grads) {
+  TensorReader reader;
+  return look.with_gradients(tensors, grads, reader);
+}
+
+Shown with_own_gradients(Look& look, const py::list& tensors) {
+  TensorReader reader;
+  return look.with_own_gradients(tensors, reader);
+}
+
 }  // namespace
 }  // namespace pyreg
 
 PYBIND11_MODULE(_native, m) {
-  using pyreg::Layout;
+  using pyreg::Layout, pyreg::Look, pyreg::Shown;
   m.doc() = "pyreg's native sweeps over CPU tensors. Use pyreg's Python functions instead.";
   m.attr("max_strengths") = pyreg::kMaxStrengths;
   m.attr("max_sums") = pyreg::kMaxSums;
@@ -222,4 +258,15 @@ PYBIND11_MODULE(_native, m) {
       .def("prox_in_metric", &Layout::prox_in_metric, py::arg("tensors"), py::arg("moments"),
            py::arg("numbers"), py::arg("root"), py::arg("strengths"), py::arg("threads"))
       .def("stats", &Layout::stats, py::arg("tensors"), py::arg("threads"));
+  py::class_<Shown>(m, "Shown")
+      .def_property_readonly("tensors", [](const Shown& s) { return pyreg::as_bytes(s.w); })
+      .def_property_readonly("gradients", [](const Shown& s) { return pyreg::as_bytes(s.g); })
+      .def_readonly("present", &Shown::present)
+      .def_readonly("others", &Shown::others);
+  py::class_<Look>(m, "Look")
+      .def(py::init(&pyreg::look_at), py::arg("tensors"))
+      .def("tensors", &pyreg::tensors, py::arg("tensors"))
+      .def("separate_tensors", &pyreg::separate_tensors, py::arg("tensors"))
+      .def("with_gradients", &pyreg::with_gradients, py::arg("tensors"), py::arg("grads"))
+      .def("with_own_gradients", &pyreg::with_own_gradients, py::arg("tensors"));
 }

@@ -2,7 +2,7 @@
 //
 // A layout records what the tensors were (dtype, shape, strides, device) when it was made; where
 // they were it only compares, to notice what moved. A pointer is used only in the call that brought
-// it. Shared by the Python modules _native and _cuda.
+// it. Shared by the Python modules _native and _cuda, and lent to sweeps in Triton.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -233,7 +233,7 @@ class Look {
   TensorView look(const pybind11::list& tensors, size_t i, TensorReader& reader) {
     weights_.prefetch(i + kAhead);
     PyObject* const tensor = PyList_GET_ITEM(tensors.ptr(), i);
-    const TensorView view = reader.read(tensor);
+    const TensorView view = read_as<StaleLayout>(tensor, i, reader);
     const Recorded& was = recorded_[i];
     const int64_t* geometry = geometry_.data() + was.geometry;
     const bool same = is_here(view) && view.dtype == was.dtype && view.ndim == was.ndim &&
@@ -244,11 +244,12 @@ class Look {
     return view;
   }
 
-  static TensorView read_gradient(PyObject* grad, size_t i, TensorReader& reader) {
+  template <class Error>
+  static TensorView read_as(PyObject* tensor, size_t i, TensorReader& reader) {
     try {
-      return reader.read(grad);
-    } catch (pybind11::error_already_set&) {  // sparse, say
-      throw GradientMismatch(std::to_string(i));
+      return reader.read(tensor);
+    } catch (pybind11::error_already_set&) {  // sparse, say, or on the meta device
+      throw Error("row " + std::to_string(i) + " has no memory of its own");
     }
   }
 
@@ -259,7 +260,7 @@ class Look {
       if (!gradients_.at(i, nullptr)) gradients_.note(i, nullptr);
       return nullptr;
     }
-    const TensorView view = read_gradient(grad, i, reader);
+    const TensorView view = read_as<GradientMismatch>(grad, i, reader);
     if (!is_here(view) || view.dtype != tensor.dtype || !view.same_shape(tensor) ||
         view.expanded() || !in_memory(view, grad, i, gradients_))
       throw GradientMismatch(std::to_string(i));

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import pyreg
+from pyreg.backend import addresses
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 (make test sets it)", allow_module_level=True)
@@ -30,8 +31,12 @@ def net() -> nn.Module:
     return module
 
 
-@pytest.fixture(autouse=True)
-def use_triton():
+@pytest.fixture(autouse=True, params=["compiled look", "look in Python"])
+def use_triton(request, monkeypatch):
+    if request.param == "look in Python":
+        monkeypatch.setattr(addresses, "load", lambda: "no compiled module")
+    elif isinstance(addresses.load(), str):
+        pytest.skip(addresses.load())
     with pyreg.use_backend("triton"):
         yield
 
@@ -99,6 +104,38 @@ def test_replaced_data_is_noticed():
     expected = sum(p.detach().double().abs().sum() for p in module.parameters())
     torch.testing.assert_close(reg().detach(), expected, rtol=1e-6, atol=0)
     assert reg().dtype == torch.float64
+
+
+def test_rows_that_share_memory_are_taken_in_turn():
+    """Gradients, and parameters in prox: two programs would write the same place at once."""
+    memory, weights = torch.zeros(6), torch.full((6,), 3.0)
+    a, b, c = (nn.Parameter(t) for t in (weights[:4], weights[2:], torch.ones(4)))
+    a.grad, b.grad, c.grad = memory[:4], memory[2:], torch.zeros(4)
+    reg = pyreg.Regularizer({"a": a, "b": b, "c": c}, pyreg.L1(1.0))
+    assert reg.accumulate_().item() == 3 * 8 + 4
+    assert memory.tolist() == [1.0, 1.0, 2.0, 2.0, 1.0, 1.0]
+    reg.prox_(0.5)
+    assert weights.tolist() == [2.5, 2.5, 2.0, 2.0, 2.5, 2.5]
+    assert (c.tolist(), c.grad.tolist()) == ([0.5] * 4, [1.0] * 4)
+
+
+def test_memory_that_was_freed_is_noticed():
+    module = net()
+    reg = pyreg.Regularizer(module, pyreg.L1(1.0))
+    reg.prox_(0.1)
+    module[1].weight.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"'1.weight'.*no memory"):
+        reg.prox_(0.1)
+
+
+def test_a_gradient_that_cannot_be_one_is_named():
+    module = net()
+    for p in module.parameters():
+        p.grad = torch.zeros_like(p)
+    module[1].weight.data = module[1].weight.data.double()
+    with pytest.raises(ValueError, match=r"'1.weight'.* has a gradient float32"):
+        pyreg.Regularizer(module, pyreg.L1(1.0)).accumulate_()
+    assert not any(p.grad.any() for p in module.parameters())
 
 
 def test_what_it_cannot_serve_is_refused_with_the_reason():

@@ -9,6 +9,8 @@ import importlib.util
 import pytest
 
 CHILD = """
+from array import array
+
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -43,6 +45,7 @@ def sweep_all(sizes, offset):
     w[1] = w[1].bfloat16()
     g = [torch.zeros_like(t) for t in w]
     made = Layout(w, [0, 1], ["l1", "elastic_net"])
+    w, g = (array("q", map(torch.Tensor.data_ptr, these)).tobytes() for these in (w, g))
     made.value(w, strengths)
     made.gradient(w, g, strengths, 1.0)
     made.accumulate(w, g, strengths, 1.0)

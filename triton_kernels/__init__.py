@@ -6,7 +6,7 @@ if __name__ != "pyreg.triton_kernels":
         "the Triton project ships a package named triton_kernels, which this one must not shadow"
     )
 
-from .layout import Layout, StaleLayout, unusable
+from .layout import Layout, unusable
 from .penalties import PENALTIES
 
-__all__ = ["PENALTIES", "Layout", "StaleLayout", "unusable"]
+__all__ = ["PENALTIES", "Layout", "unusable"]

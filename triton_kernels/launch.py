@@ -111,8 +111,8 @@ class Table:
     It never changes: a captured graph goes on reading the one that it was captured with.
     """
 
-    def __init__(self, numbers: list[int], device: torch.device, queue: Queue) -> None:
-        host = torch.tensor(numbers, dtype=torch.int64, pin_memory=queue.stream is not None)
+    def __init__(self, numbers: Tensor, device: torch.device, queue: Queue) -> None:
+        host = numbers if queue.stream is None else numbers.pin_memory()
         self._data = host.to(device, non_blocking=True)
         if queue.stream is not None:
             self._copied = torch.cuda.Event()
@@ -129,25 +129,22 @@ class Table:
 
 
 class Addresses:
-    """The addresses of a list of tensors, copied to the device when one moved."""
+    """The addresses of a list of tensors, copied to the device when one is another."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._numbers: list[int] | None = None
+        self._numbers = b""
         self._table: Table | None = None
         self._captured: list[Table] = []
 
-    def recognize(self, numbers: list[int]) -> tuple[list[int], bool]:
-        """The list to call `on` with, and whether an address is new."""
-        return (self._numbers, False) if numbers == self._numbers else (numbers, True)
-
-    def on(self, queue: Queue, numbers: list[int]) -> Tensor:
-        if self._table is None or numbers is not self._numbers:
+    def on(self, queue: Queue, numbers: bytes) -> Tensor:
+        if self._table is None or numbers != self._numbers:
             if queue.capturing:
                 raise _warm_up(
                     "a tensor is new or has moved" if self._table else "there is no table yet"
                 )
-            self._table = Table(numbers, self._device, queue)
+            host = torch.frombuffer(bytearray(numbers), dtype=torch.int64)
+            self._table = Table(host, self._device, queue)
             self._numbers = numbers
         if queue.capturing and self._table not in self._captured:
             self._captured.append(self._table)
@@ -188,7 +185,10 @@ class Plan:
         if self._tables is None:
             if queue.capturing:
                 raise _warm_up("there is no table yet")
-            self._tables = tuple(Table(t, self._device, queue) for t in (cut.rows, cut.groups))
+            self._tables = tuple(
+                Table(torch.tensor(numbers, dtype=torch.int64), self._device, queue)
+                for numbers in (cut.rows, cut.groups)
+            )
         rows, groups = (table.on(queue) for table in self._tables)
         partials, counters = (rows, rows) if out is None else self._scratch_of(queue)
         sweeps.sweep[(min(cut.slots, programs(self._device, sweep)),)](

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from operator import attrgetter
 
@@ -15,36 +14,27 @@ from .penalties import PENALTIES
 
 MINIMUM_TRITON = (3, 4)  # an earlier one cannot index a tuple in a compiled kernel
 
-try:  # one call for all tensors; private, so only ever used to agree faster
-    from torch._C._dynamo.guards import TensorGuards
-except ImportError:
-    TensorGuards = None
-
-_dtype = attrgetter("dtype")
-
-
-class StaleLayout(RuntimeError):
-    """The tensors are no longer those that the layout was made for."""
-
 
 class Layout:
     """Tensors of one device, dense in storage order, and the penalty of each.
 
     Args:
         tensors: float32, float64, bfloat16 or float16, in any mix; CUDA or ROCm tensors, or CPU
-            tensors under TRITON_INTERPRET=1. Only their sizes, strides and dtypes are kept.
+            tensors under TRITON_INTERPRET=1. Only their sizes and dtypes are kept.
         rule_of: for each tensor the index of its rule.
         penalties: for each rule a name in PENALTIES.
 
     Every sweep is one kernel launch, however many tensors there are, and never waits for the
-    device. `strengths` is float64 [rules, 2] on the device, 0 in columns that a penalty has no use
+    device. A sweep is told where tensors are now: `w` and `g` are int64 [tensors] addresses as
+    bytes, of memory that holds what the layout recorded, in storage order; that is the caller's to
+    check. `strengths` is float64 [rules, 2] on the device, 0 in columns that a penalty has no use
     for. `scale` and `step` are float64 tensors of one element on the device, or numbers; of what a
     CUDA graph captured, a replay reads tensors anew, and numbers are what they were. Graphs
     captured from one layout share scratch memory: replay them one after the other.
 
     Raises:
-        StaleLayout: a call's tensors differ from the layout's in number, dtype, size, strides or
-            device; raised before anything is written.
+        ValueError: a call's addresses or numbers are of another kind than those above; raised
+            before anything is written.
         RuntimeError: a CUDA graph is being captured, and a tensor moved since the last call or
             there was none.
     """
@@ -65,32 +55,20 @@ class Layout:
                 raise ValueError(f"expected a penalty of {[*PENALTIES]}, got {name!r}")
         self.device = tensors[0].device if tensors else torch.device("cpu")
         self.rules = len(penalties)
-        self._dtypes = list(map(_dtype, tensors))
-        self._value_dtype = torch.float64 if torch.float64 in self._dtypes else torch.float32
-        self._numels = list(map(Tensor.numel, tensors))
-        self._contiguous = list(map(Tensor.is_contiguous, tensors))
-        self._shapes = [(t.shape, t.stride()) for t in tensors]
-        self._strided = [i for i, contiguous in enumerate(self._contiguous) if not contiguous]
-        self._guards = None
-        if TensorGuards is not None and tensors:
-            self._guards = TensorGuards(
-                *tensors,
-                dynamic_dims_sizes=[list(t.shape) for t in tensors],
-                dynamic_dims_strides=[list(t.stride()) for t in tensors],
-            )
-        self._addresses = Addresses(self.device)
-        self._grad_addresses = Addresses(self.device)
+        dtypes, numels = [t.dtype for t in tensors], list(map(Tensor.numel, tensors))
+        self._number = len(tensors)
+        self._value_dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+        self._addresses = {of: Addresses(self.device) for of in ("w", "w of prox", "g")}
         self._numbers: dict[tuple[int, str], tuple[float, Tensor]] = {}
-        self._check_devices(tensors)
         if tensors:
             _check_usable(self.device)
 
-        kinds = [(t, penalties[rule]) for t, rule in zip(self._dtypes, rule_of, strict=True)]
+        kinds = [(t, penalties[rule]) for t, rule in zip(dtypes, rule_of, strict=True)]
         names = list(dict.fromkeys(penalties))
         index = {kind: k for k, kind in enumerate(dict.fromkeys(kinds))}
         rows = [
             Row(kind[0], n, index[kind], rule, i)
-            for i, (n, kind, rule) in enumerate(zip(self._numels, kinds, rule_of, strict=True))
+            for i, (n, kind, rule) in enumerate(zip(numels, kinds, rule_of, strict=True))
             if n > 0
         ]
         rows += [
@@ -101,15 +79,15 @@ class Layout:
         by_rule = cut(rows, [names.index(name) for name in penalties], 2)
         self._by_rule = Plan(self.device, by_rule, 2, list(index), names)
 
-        dtypes = list(dict.fromkeys(self._dtypes))
+        known = list(dict.fromkeys(dtypes))
         rows = [
-            Row(t, n, dtypes.index(t), i, i)
-            for i, (t, n) in enumerate(zip(self._dtypes, self._numels, strict=True))
+            Row(t, n, known.index(t), i, i)
+            for i, (t, n) in enumerate(zip(dtypes, numels, strict=True))
         ]
         by_row = cut(rows, [0] * len(rows), 5)
-        self._by_row = Plan(self.device, by_row, 5, [(t, "l1") for t in dtypes], ["l1"])
+        self._by_row = Plan(self.device, by_row, 5, [(t, "l1") for t in known], ["l1"])
 
-    def value(self, tensors: list[Tensor], strengths: Tensor) -> tuple[Tensor, Tensor]:
+    def value(self, w: bytes, strengths: Tensor) -> tuple[Tensor, Tensor]:
         """sum over the rules of Omega(w; strengths), and each rule's sums. Reads N.
 
         Returns:
@@ -117,53 +95,38 @@ class Layout:
             penalty has no use for.
         """
         value, sums = self._totals()
-        self._sweep(self._by_rule, "value", tensors, None, strengths, strengths, sums, value)
+        self._sweep(self._by_rule, "value", w, None, strengths, strengths, sums, value)
         return value, sums
 
-    def gradient(
-        self,
-        tensors: list[Tensor],
-        grads: Sequence[Tensor | None],
-        strengths: Tensor,
-        scale: Tensor | float,
-    ) -> None:
-        """grads[i] = scale * grad Omega(tensors[i]); None is left out. Reads N, writes N."""
-        self._sweep(self._by_rule, "gradient", tensors, grads, strengths, scale)
+    def gradient(self, w: bytes, g: bytes, strengths: Tensor, scale: Tensor | float) -> None:
+        """g = scale * grad Omega(w); where g is at 0, nothing. Reads N, writes N."""
+        self._sweep(self._by_rule, "gradient", w, g, strengths, scale)
 
-    def accumulate(
-        self,
-        tensors: list[Tensor],
-        grads: Sequence[Tensor | None],
-        strengths: Tensor,
-        scale: Tensor | float,
-        addresses: list[int] | None = None,
-    ) -> Tensor:
-        """grads[i] += scale * grad Omega(tensors[i]), and the value. Reads 2 N, writes N.
+    def accumulate(self, w: bytes, g: bytes, strengths: Tensor, scale: Tensor | float) -> Tensor:
+        """g += scale * grad Omega(w), and the value. Reads 2 N, writes N.
 
-        A tensor without a gradient adds to the value only. `addresses` are those of `grads`, 0 for
-        none, where the caller has read them already.
+        A tensor whose g is at 0 adds to the value only.
 
         Returns:
             float32 [] (float64 if any tensor is): the value, not multiplied by `scale`.
         """
         value, sums = self._totals()
-        self._sweep(
-            self._by_rule, "accumulate", tensors, grads, strengths, scale, sums, value, addresses
-        )
+        self._sweep(self._by_rule, "accumulate", w, g, strengths, scale, sums, value)
         return value
 
-    def prox(self, tensors: list[Tensor], strengths: Tensor, step: Tensor | float) -> None:
-        """w = argmin_u step * Omega(u) + (u - w)^2 / 2, in place. Reads N, writes N."""
-        self._sweep(self._by_rule, "prox", tensors, None, strengths, step)
+    def prox(self, w: bytes, strengths: Tensor, step: Tensor | float) -> None:
+        """w = argmin_u step * Omega(u) + (u - w)^2 / 2; where w is at 0, nothing. Reads N, writes
+        N."""
+        self._sweep(self._by_rule, "prox", w, None, strengths, step)
 
-    def stats(self, tensors: list[Tensor]) -> Tensor:
+    def stats(self, w: bytes) -> Tensor:
         """sum |w|, sum w^2, max |w|, zeros and non-finite numbers of each tensor. Reads N.
 
         Returns:
             float64 [tensors, 5]. NaN propagates into the first three.
         """
-        out = torch.empty(len(self._numels), 5, dtype=torch.float64, device=self.device)
-        self._sweep(self._by_row, "stats", tensors, None, out, out, out)
+        out = torch.empty(self._number, 5, dtype=torch.float64, device=self.device)
+        self._sweep(self._by_row, "stats", w, None, out, out, out)
         return out
 
     def _totals(self) -> tuple[Tensor, Tensor]:
@@ -175,32 +138,33 @@ class Layout:
         self,
         plan: Plan,
         sweep: str,
-        tensors: list[Tensor],
-        grads: Sequence[Tensor | None] | None,
+        w: bytes,
+        g: bytes | None,
         strengths: Tensor,
         scale: Tensor | float,
         out: Tensor | None = None,
         value: Tensor | None = None,
-        grad_addresses: list[int] | None = None,
     ) -> None:
-        addresses = self._check(tensors)
-        if grads is not None:
-            grad_addresses = self._check_grads(grads, grad_addresses)
+        for addresses in (w, g):
+            if addresses is not None and len(addresses) != 8 * self._number:
+                raise ValueError(
+                    f"expected {self._number} addresses of 8 bytes, got {len(addresses)} bytes"
+                )
         if sweep != "stats":
             self._check_strengths(strengths)
-        if not tensors:
+        if not self._number:
             for total in (out, value):
                 if total is not None:
                     total.zero_()
             return
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             queue = current(self.device)
-            w = self._addresses.on(queue, addresses)
-            g = w if grads is None else self._grad_addresses.on(queue, grad_addresses)
-            scale = self._number(queue, sweep, scale)
-            plan.launch(queue, sweep, w, g, strengths, scale, out, value)
+            tensors = self._addresses["w of prox" if sweep == "prox" else "w"].on(queue, w)
+            gradients = tensors if g is None else self._addresses["g"].on(queue, g)
+            scale = self._in_memory(queue, sweep, scale)
+            plan.launch(queue, sweep, tensors, gradients, strengths, scale, out, value)
 
-    def _number(self, queue: Queue, sweep: str, x: Tensor | float) -> Tensor:
+    def _in_memory(self, queue: Queue, sweep: str, x: Tensor | float) -> Tensor:
         """x in device memory; a number is written there by the stream itself when it changed."""
         if isinstance(x, Tensor):
             if x.dtype != torch.float64 or x.device != self.device:
@@ -223,75 +187,13 @@ class Layout:
         if (
             strengths.dtype != torch.float64
             or strengths.shape != (self.rules, 2)
-            or (strengths.device != self.device and self._numels)
+            or (strengths.device != self.device and self._number)
             or not strengths.is_contiguous()
         ):
             raise ValueError(
                 f"expected contiguous strengths, float64 [{self.rules}, 2] on {self.device}, "
                 f"got {strengths.dtype} {list(strengths.shape)} on {strengths.device}"
             )
-
-    def _check(self, tensors: list[Tensor]) -> list[int]:
-        """The tensors' addresses. Raises StaleLayout unless the rows still describe them.
-
-        For a contiguous tensor, dtype and size say it all; and an address that is as before is on
-        the device that it was on.
-        """
-        agreed = len(tensors) == len(self._numels) and self._guards and self._guards.check(*tensors)
-        if not agreed and (
-            list(map(_dtype, tensors)) != self._dtypes
-            or list(map(Tensor.numel, tensors)) != self._numels
-            or list(map(Tensor.is_contiguous, tensors)) != self._contiguous
-            or any(
-                (tensors[i].shape, tensors[i].stride()) != self._shapes[i] for i in self._strided
-            )
-        ):
-            raise self._stale(tensors)
-        addresses, moved = self._addresses.recognize(list(map(Tensor.data_ptr, tensors)))
-        if moved:
-            self._check_devices(tensors)
-        return addresses
-
-    def _check_grads(
-        self, grads: Sequence[Tensor | None], addresses: list[int] | None
-    ) -> list[int]:
-        """The gradients' addresses, 0 for none. Looks closer at those that moved only."""
-        if addresses is None:
-            addresses = [0 if g is None else g.data_ptr() for g in grads]
-        addresses, moved = self._grad_addresses.recognize(addresses)
-        if moved:
-            if len(grads) != len(self._numels):
-                raise StaleLayout(f"expected {len(self._numels)} gradients, got {len(grads)}")
-            for i, g in enumerate(grads):
-                if g is not None and (g.dtype, g.numel(), g.device) != (
-                    self._dtypes[i],
-                    self._numels[i],
-                    self.device,
-                ):
-                    raise StaleLayout(
-                        f"grads[{i}]: expected {self._numels[i]} elements of {self._dtypes[i]} on "
-                        f"{self.device}, got {g.numel()} of {g.dtype} on {g.device}"
-                    )
-        return addresses
-
-    def _check_devices(self, tensors: list[Tensor]) -> None:
-        for i, t in enumerate(tensors):
-            if t.device != self.device:
-                raise StaleLayout(
-                    f"tensors[{i}]: expected a tensor on {self.device}, got one on {t.device}"
-                )
-
-    def _stale(self, tensors: list[Tensor]) -> StaleLayout:
-        if len(tensors) != len(self._numels):
-            return StaleLayout(f"expected {len(self._numels)} tensors, got {len(tensors)}")
-        for i, t in enumerate(tensors):
-            shape, stride = self._shapes[i]
-            if (t.dtype, t.shape, t.stride()) != (self._dtypes[i], shape, stride):
-                break
-        return StaleLayout(
-            f"tensors[{i}]: expected {self._dtypes[i]} {list(shape)} with strides {stride}, "
-            f"got {t.dtype} {list(t.shape)} with strides {t.stride()}"
-        )
 
 
 def unusable() -> str | None:

@@ -208,6 +208,8 @@ def _row_part(
         g = tl.where(has_grad, g + start, w)
     if SWEEP == "gradient":
         n = tl.where(has_grad, n, 0)
+    if SWEEP == "prox":
+        n = tl.where(w != start, n, 0)
     c0 = 0.0
     c1 = 0.0
     by = 0.0
@@ -341,7 +343,7 @@ def _count(counter, done, of):
     ],
 )
 def sweep(
-    tensors,  # int64 [tensors] addresses
+    tensors,  # int64 [tensors] addresses, 0 for what `prox` leaves out
     gradients,  # int64 [tensors] addresses, 0 for none
     rows,  # int64 [n_rows + 1, 5]
     groups,  # int64 [n_groups, 4]

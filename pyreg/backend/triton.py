@@ -7,18 +7,15 @@ import importlib.metadata
 import os
 from collections.abc import Sequence
 from functools import cache
-from operator import attrgetter
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..pack import GradientMismatch, Pack, StaleLayout
+from ..pack import Pack
 from ..penalties import Penalty, stack_strengths
-from .torch import TorchBackend, add_gradient
-
-_grad = attrgetter("grad")
+from .addresses import look_at
+from .torch import TorchBackend, add_gradient, apply_prox
 
 
 @cache
@@ -38,13 +35,13 @@ def interpreted() -> bool:
 class _State:
     """What is kept for one pack."""
 
-    def __init__(self, layout: Any) -> None:
-        self.layout = layout
+    def __init__(self, pack: Pack, tensors: list[Tensor]) -> None:
+        pack.check_rows(tensors)
+        self.look = look_at(pack, tensors)
+        self.layout = load().Layout(tensors, pack.rule_of, list(pack.penalties))
         # By stream, as one does not wait for another: numbers, and they on the device.
         self.strengths: dict[int, tuple[tuple[float, ...], Tensor]] = {}
         self.captured: list[Tensor] = []  # those that a CUDA graph goes on reading
-        self.grad_pointers: list[int] = []
-        self.others: list[int] = []  # rows whose gradient has other strides than the tensor
 
 
 class TritonBackend:
@@ -89,7 +86,8 @@ class TritonBackend:
         self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty]
     ) -> tuple[Tensor, Tensor]:
         state = self._state(pack, tensors)
-        return self._sweep(state.layout.value, tensors, self._strengths(state, pack, rules))
+        w = state.look.tensors(tensors)
+        return state.layout.value(w, self._strengths(state, pack, rules))
 
     def gradient(
         self,
@@ -100,58 +98,46 @@ class TritonBackend:
         scale: float | Tensor,
     ) -> None:
         state = self._state(pack, tensors)
+        shown = state.look.with_gradients(tensors, grads)
+        if shown.others:
+            raise ValueError("a gradient has other strides than its tensor")
         strengths = self._strengths(state, pack, rules)
-        self._sweep(state.layout.gradient, tensors, grads, strengths, _on_device(scale, pack))
+        state.layout.gradient(shown.tensors, shown.gradients, strengths, _on_device(scale, pack))
 
     def accumulate(
         self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty], scale: float | Tensor
     ) -> tuple[Tensor, int]:
         state = self._state(pack, tensors)
+        shown = state.look.with_own_gradients(tensors)
         strengths = self._strengths(state, pack, rules)
-        grads = list(map(_grad, tensors))
-        try:
-            pointers, present = list(map(Tensor.data_ptr, grads)), len(grads)
-        except TypeError:  # some have none
-            pointers = [0 if g is None else g.data_ptr() for g in grads]
-            present = sum(g is not None for g in grads)
-        if pointers != state.grad_pointers:
-            state.others = _other_strides(tensors, grads)
-            state.grad_pointers = pointers
-        for i in state.others:
-            grads[i], pointers = None, None
         scale = _on_device(scale, pack)
-        value = self._sweep(state.layout.accumulate, tensors, grads, strengths, scale, pointers)
-        for i in state.others:
+        value = state.layout.accumulate(shown.tensors, shown.gradients, strengths, scale)
+        for i in shown.others:
             add_gradient(pack.penalty(i, rules), tensors[i], scale)
-        return value, present
+        return value, shown.present
 
     def prox(
         self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty], step: float | Tensor
     ) -> None:
         state = self._state(pack, tensors)
-        strengths = self._strengths(state, pack, rules)
-        self._sweep(state.layout.prox, tensors, strengths, _on_device(step, pack))
+        w, others = state.look.separate_tensors(tensors)
+        step = _on_device(step, pack)
+        state.layout.prox(w, self._strengths(state, pack, rules), step)
+        for i in others:
+            apply_prox(pack.penalty(i, rules), tensors[i], step)
         torch.autograd.graph.increment_version(tensors)
 
     prox_in_metric = TorchBackend.prox_in_metric
 
     def stats(self, pack: Pack, tensors: list[Tensor]) -> Tensor:
-        return self._sweep(self._state(pack, tensors).layout.stats, tensors)
+        state = self._state(pack, tensors)
+        return state.layout.stats(state.look.tensors(tensors))
 
     def _state(self, pack: Pack, tensors: list[Tensor]) -> _State:
         state = pack.layouts.get(self.name)
         if state is None:
-            pack.check_rows(tensors)
-            layout = load().Layout(tensors, pack.rule_of, list(pack.penalties))
-            state = pack.layouts[self.name] = _State(layout)
+            state = pack.layouts[self.name] = _State(pack, tensors)
         return state
-
-    def _sweep(self, sweep: Any, tensors: list[Tensor], *args: Any) -> Any:
-        try:
-            with torch.no_grad():
-                return sweep(tensors, *args)
-        except load().StaleLayout as error:
-            raise StaleLayout(str(error)) from None
 
     def _strengths(self, state: _State, pack: Pack, rules: Sequence[Penalty]) -> Tensor:
         """[rules, 2] float64 in device memory: numbers are uploaded when they changed."""
@@ -193,21 +179,4 @@ def _uploaded(rules: Sequence[Penalty], device: torch.device) -> Tensor:
 
 
 def _on_device(x: float | Tensor, pack: Pack) -> float | Tensor:
-    return x.to(pack.device, torch.float64) if isinstance(x, Tensor) else float(x)
-
-
-def _other_strides(tensors: list[Tensor], grads: list[Tensor | None]) -> list[int]:
-    """Rows whose gradient lies otherwise than its tensor. Raises for one that cannot be one."""
-    others = []
-    for i, (t, g) in enumerate(zip(tensors, grads, strict=True)):
-        if g is None:
-            continue
-        if g.layout != torch.strided or (g.shape, g.dtype, g.device) != (
-            t.shape,
-            t.dtype,
-            t.device,
-        ):
-            raise GradientMismatch
-        if g.stride() != t.stride():
-            others.append(i)
-    return others
+    return x.detach().to(pack.device, torch.float64) if isinstance(x, Tensor) else float(x)

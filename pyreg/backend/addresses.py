@@ -1,0 +1,186 @@
+"""Where tensors and their gradients lie: a look at each at every call, for sweeps in Triton.
+
+Compiled (csrc/look.h) where the compiled module is there, else in Python; both compare every tensor
+with what the pack recorded, and ask for the storage of one that moved. Addresses are int64 numbers
+in `bytes`: one comparison with the last call's, one copy to a device. 0 stands for no gradient, and
+for a row that the caller must see to, which is then in `others`.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..pack import GradientMismatch, Pack, StaleLayout, check_gradient, is_freed
+from .native import load
+
+try:  # one call for all tensors; private, so only ever used to agree faster
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:
+    TensorGuards = None
+
+_grad = attrgetter("grad")
+
+
+class Shown(NamedTuple):
+    """The tensors and gradients of one call, which lives as long as their addresses are used."""
+
+    tensors: bytes
+    gradients: bytes
+    present: int  # gradients that exist
+    others: list[int]  # rows whose gradient has other strides, or shares memory with another's
+    alive: list[Tensor | None]
+
+
+class CompiledLook:
+    def __init__(self, pack: Pack, tensors: list[Tensor]) -> None:
+        self._native = load()
+        self._look = self._native.Look(tensors)
+
+    def tensors(self, tensors: list[Tensor]) -> bytes:
+        return self._ask("tensors", tensors)
+
+    def separate_tensors(self, tensors: list[Tensor]) -> tuple[bytes, list[int]]:
+        """`others`: rows that share memory with another row."""
+        return self._ask("separate_tensors", tensors)
+
+    def with_gradients(self, tensors: list[Tensor], grads: list[Tensor | None]) -> Any:
+        return self._ask("with_gradients", tensors, grads)
+
+    def with_own_gradients(self, tensors: list[Tensor]) -> Any:
+        return self._ask("with_own_gradients", tensors)
+
+    def _ask(self, verb: str, *args: Any) -> Any:
+        try:
+            return getattr(self._look, verb)(*args)
+        except self._native.StaleLayout as error:
+            raise StaleLayout(str(error)) from None
+        except self._native.GradientMismatch:
+            raise GradientMismatch from None
+
+
+class PythonLook:
+    """The same, some ten times slower."""
+
+    def __init__(self, pack: Pack, tensors: list[Tensor]) -> None:
+        self._pack = pack
+        self._bytes = [shape.numel() * dtype.itemsize for dtype, shape, _ in pack.geometry]
+        self._weights = self._gradients = _Seen([], [])
+
+    def tensors(self, tensors: list[Tensor]) -> bytes:
+        return self._look(tensors).addresses
+
+    def separate_tensors(self, tensors: list[Tensor]) -> tuple[bytes, list[int]]:
+        seen = self._look(tensors)
+        return seen.without(seen.overlapping), seen.overlapping
+
+    def with_gradients(self, tensors: list[Tensor], grads: list[Tensor | None]) -> Shown:
+        w = self._look(tensors).addresses
+        if not self._gradients.is_of(grads):
+            pairs = list(zip(tensors, grads, strict=True))
+            for t, g in pairs:
+                if g is not None:
+                    _check_gradient(g, t)
+            seen = self._gradients = _Seen(grads, self._bytes)
+            strided = [
+                i for i, (t, g) in enumerate(pairs) if g is not None and g.stride() != t.stride()
+            ]
+            seen.others = sorted({*strided, *seen.overlapping})
+        seen = self._gradients
+        return Shown(w, seen.without(seen.others), seen.present, seen.others, grads)
+
+    def with_own_gradients(self, tensors: list[Tensor]) -> Shown:
+        return self.with_gradients(tensors, list(map(_grad, tensors)))
+
+    def _look(self, tensors: list[Tensor]) -> _Seen:
+        if not self._weights.is_of(tensors):
+            self._pack.check_rows(tensors)
+            if any(t.is_neg() or is_freed(t) for t in tensors):
+                raise StaleLayout
+            self._weights = _Seen(tensors, self._bytes)
+        return self._weights
+
+
+def look_at(pack: Pack, tensors: list[Tensor]) -> CompiledLook | PythonLook:
+    return (PythonLook if isinstance(load(), str) else CompiledLook)(pack, tensors)
+
+
+class _Seen:
+    """What a list of tensors was at a look."""
+
+    def __init__(self, tensors: Sequence[Tensor | None], sizes: list[int]) -> None:
+        there = [t for t in tensors if t is not None]
+        self.addresses = _addresses(tensors)
+        self.present = len(there)
+        self.others: list[int] = []
+        self.overlapping = _overlapping(array("q", self.addresses), sizes)
+        self._alike = _alike(there)
+
+    def is_of(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Whether these are like those, and lie where they lay."""
+        there = tensors
+        if self.present < len(tensors):
+            there = [t for t in tensors if t is not None]
+        return self._alike(there) and _addresses(tensors) == self.addresses
+
+    def without(self, rows: list[int]) -> bytes:
+        if not rows:
+            return self.addresses
+        addresses = array("q", self.addresses)
+        for i in rows:
+            addresses[i] = 0
+        return addresses.tobytes()
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> bytes:
+    try:
+        return array("q", map(Tensor.data_ptr, tensors)).tobytes()
+    except TypeError:  # some are None
+        return array("q", [0 if t is None else t.data_ptr() for t in tensors]).tobytes()
+
+
+def _alike(tensors: list[Tensor]) -> Callable[[list[Tensor]], bool]:
+    """Whether others are as these are now: dtypes, shapes, strides, devices."""
+    if TensorGuards is not None and tensors:
+        guards = TensorGuards(
+            *tensors,
+            dynamic_dims_sizes=[list(t.shape) for t in tensors],
+            dynamic_dims_strides=[list(t.stride()) for t in tensors],
+        )
+        number = len(tensors)
+        return lambda given: len(given) == number and guards.check(*given)
+    facts = list(map(_facts, tensors))
+    return lambda given: list(map(_facts, given)) == facts
+
+
+def _facts(t: Tensor | None) -> tuple | None:
+    if t is None:
+        return None
+    return t.dtype, t.shape, t.device, t.layout == torch.strided and t.stride()
+
+
+def _check_gradient(grad: Tensor, t: Tensor) -> None:
+    try:
+        check_gradient(grad, t, "")
+    except (TypeError, ValueError):
+        raise GradientMismatch from None
+    if grad.is_neg():
+        raise GradientMismatch
+
+
+def _overlapping(addresses: Sequence[int], sizes: list[int]) -> list[int]:
+    """Rows that share memory with another row; those without an address or bytes are left out."""
+    order = sorted((a, i) for i, a in enumerate(addresses) if a and sizes[i])
+    found: set[int] = set()
+    end = last = 0  # of the rows so far, the one that reaches farthest
+    for begin, i in order:
+        if begin < end:
+            found |= {last, i}
+        if begin + sizes[i] > end:
+            end, last = begin + sizes[i], i
+    return sorted(found)

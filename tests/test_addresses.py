@@ -1,0 +1,175 @@
+"""Where tensors lie: compiled and in Python, the same answers."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from array import array
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pyreg import pack
+from pyreg.backend import addresses, native
+from pyreg.pack import GradientMismatch, StaleLayout
+
+
+@pytest.fixture(params=["compiled", "attributes", "python", "python without guards"])
+def look_at(request, monkeypatch):
+    """look_at(tensors) -> a look of theirs."""
+    compiled = native.load()
+    if request.param.startswith("python"):
+        monkeypatch.setattr(addresses, "load", lambda: "no compiled module")
+        if request.param != "python":
+            monkeypatch.setattr(addresses, "TensorGuards", None)
+    elif isinstance(compiled, str):
+        pytest.skip(compiled)
+    else:
+        compiled.use_exchange_api(request.param == "compiled")
+
+    def look(tensors: list[Tensor]):
+        (only,) = pack.build(tensors, pack.label, [0] * len(tensors), ("l1",))
+        return addresses.look_at(only, tensors)
+
+    yield look
+    if not isinstance(compiled, str):
+        compiled.use_exchange_api(True)
+
+
+def at(*tensors: Tensor | None) -> bytes:
+    return array("q", [0 if t is None else t.data_ptr() for t in tensors]).tobytes()
+
+
+def test_tensors(look_at):
+    """Of every dtype, transposed and with an offset; where they are now."""
+    w = [torch.ones(3), torch.ones(4, 6).bfloat16().t(), torch.ones(5).half()[1:]]
+    w.append(nn.Parameter(torch.ones(2).double()))
+    look = look_at(w)
+    assert look.tensors(w) == look.separate_tensors(w)[0] == at(*w)
+    w[0] = torch.ones(3)
+    assert look.tensors(w) == at(*w)
+    assert look.separate_tensors(w) == (at(*w), [])
+
+
+CHANGES = {
+    "dtype": lambda t: t.double(),
+    "size": lambda t: torch.cat([t, t]),
+    "strides": lambda t: t.t(),
+    "fewer dimensions": lambda t: t[0],
+    "device": lambda t: t.to("meta"),
+    "negated": lambda t: torch._neg_view(t.clone()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("i", [1, 2])
+def test_a_tensor_that_changed(look_at, change, i):
+    w = [torch.randn(5), torch.randn(4, 6), torch.randn(4, 6).t()]
+    look = look_at(w)
+    look.tensors(w)
+    changed = [CHANGES[change](t) if k == i else t for k, t in enumerate(w)]
+    for ask in (look.tensors, look.separate_tensors, look.with_own_gradients):
+        with pytest.raises(StaleLayout):
+            ask(changed)
+        with pytest.raises(StaleLayout):
+            ask(w[:2])
+    assert look.tensors(w) == at(*w)
+
+
+def test_freed_memory(look_at):
+    w = [torch.ones(6), torch.ones(7)]
+    look = look_at(w)
+    look.tensors(w)
+    w[1].untyped_storage().resize_(0)
+    with pytest.raises(StaleLayout):
+        look.tensors(w)
+
+
+def test_own_gradients(look_at):
+    """What there is, where it is now; rows of other strides are the caller's."""
+    w = [nn.Parameter(torch.ones(4, 6)) for _ in range(4)]
+    w[0].grad, w[3].grad = torch.zeros(4, 6), torch.zeros(4, 6)
+    look = look_at(w)
+    for _ in range(2):
+        shown = look.with_own_gradients(w)
+        assert (shown.tensors, shown.present, list(shown.others)) == (at(*w), 2, [])
+        assert shown.gradients == at(w[0].grad, None, None, w[3].grad)
+    memory = torch.zeros(24)
+    w[1].grad = memory.view(4, 6)
+    assert look.with_own_gradients(w).gradients == at(*(t.grad for t in w))
+    w[1].grad = memory.view(6, 4).t()  # at the same address
+    shown = look.with_own_gradients(w)
+    assert (shown.present, list(shown.others)) == (3, [1])
+    assert shown.gradients == at(w[0].grad, None, None, w[3].grad)
+    for t in w:
+        t.grad = torch.zeros(4, 6)
+    shown = look.with_own_gradients(w)
+    assert (shown.gradients, shown.present) == (at(*(t.grad for t in w)), 4)
+    w[2].grad = None
+    assert look.with_own_gradients(w).gradients == at(w[0].grad, w[1].grad, None, w[3].grad)
+
+
+def test_given_gradients(look_at):
+    w = [torch.ones(3), torch.ones(4)]
+    grads = [None, torch.zeros(4)]
+    shown = look_at(w).with_gradients(w, grads)
+    assert (shown.tensors, shown.gradients) == (at(*w), at(*grads))
+
+
+MISMATCHES = {
+    "dtype": torch.zeros(4, 6).double(),
+    "shape": torch.zeros(6, 4),
+    "expanded": torch.zeros(1, 6).expand(4, 6),
+    "sparse": torch.zeros(4, 6).to_sparse(),
+    "negated": torch._neg_view(torch.zeros(4, 6)),
+    "device": torch.zeros(4, 6, device="meta"),
+}
+
+
+@pytest.mark.parametrize("bad", MISMATCHES)
+def test_a_gradient_that_cannot_be_one(look_at, bad):
+    w, good = [torch.ones(4, 6), torch.ones(4, 6)], torch.zeros(4, 6)
+    look = look_at(w)
+    look.with_gradients(w, [good, good.clone()])
+    with pytest.raises(GradientMismatch):
+        look.with_gradients(w, [good, MISMATCHES[bad]])
+
+
+def test_rows_that_share_memory(look_at):
+    """Each of them is the caller's; neighbours and empty rows share nothing."""
+    memory = torch.zeros(20)
+    w = [memory[:8], memory[8:12], memory[2:4], memory[12:18], memory[17:], memory[3:3]]
+    w = [t.detach() for t in w]
+    look = look_at(w)
+    separate, others = look.separate_tensors(w)
+    assert others == [0, 2, 3, 4]
+    assert separate[8:16] == at(w[1])
+    assert not any(separate[:8])
+    assert look.tensors(w) == at(*w)
+    grads = torch.zeros(20)
+    for t in w:
+        t.grad = grads[: t.numel()] if t.numel() in (8, 4) else torch.zeros_like(t)
+    shown = look.with_own_gradients(w)
+    assert (list(shown.others), shown.present) == ([0, 1], 6)
+    assert shown.gradients == at(None, None, *(t.grad for t in w[2:]))
+
+
+class OwnGrad(nn.Parameter):
+    """A parameter whose gradient nobody else holds."""
+
+    @property
+    def grad(self):
+        made = torch.zeros(3)
+        self.made = weakref.ref(made)
+        return made
+
+
+def test_gradients_live_as_long_as_their_addresses(look_at):
+    w = [OwnGrad(torch.ones(3))]
+    look = look_at(w)
+    shown = look.with_own_gradients(w)
+    assert shown.gradients == at(w[0].made())
+    del shown
+    gc.collect()
+    assert w[0].made() is None
