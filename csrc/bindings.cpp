@@ -35,7 +35,7 @@ class Layout {
     check_strengths(strengths);
     TensorReader reader;
     const Pointers w = look_.tensors(tensors, reader);
-    const Anchors anchors = look_at_anchors(reader);
+    const Anchors anchors = look_at_anchors(w, reader);
     std::vector<double> sums = make_sums();
     {
       py::gil_scoped_release release;
@@ -51,7 +51,7 @@ class Layout {
     const Shown shown = look_.with_gradients(tensors, grads, reader);
     if (!shown.others.empty())
       throw py::value_error("a gradient has other strides than its tensor");
-    const Anchors anchors = look_at_anchors(reader);
+    const Anchors anchors = look_at_anchors(shown.w, reader);
     py::gil_scoped_release release;
     cpu::gradient(table_, shown.w.data(), shown.g.data(), strengths.data(), scale, threads,
                   anchors.get());
@@ -64,7 +64,7 @@ class Layout {
     check_strengths(strengths);
     TensorReader reader;
     const Shown shown = look_.with_own_gradients(tensors, reader);
-    const Anchors anchors = look_at_anchors(reader);
+    const Anchors anchors = look_at_anchors(shown.w, reader);
     std::vector<double> sums = make_sums();
     {
       py::gil_scoped_release release;
@@ -82,7 +82,7 @@ class Layout {
     TensorReader reader;
     std::vector<int64_t> others;
     const Pointers w = look_.separate_tensors(tensors, reader, others);
-    const Anchors anchors = look_at_anchors(reader);
+    const Anchors anchors = look_at_anchors(w, reader);
     {
       py::gil_scoped_release release;
       cpu::prox(table_, w.data(), strengths.data(), step, threads, anchors.get());
@@ -122,7 +122,7 @@ class Layout {
         w[i] = nullptr;
       }
     }
-    const Anchors anchors = look_at_anchors(reader);
+    const Anchors anchors = look_at_anchors(w, reader);
     std::vector<double> sums = make_sums();
     {
       py::gil_scoped_release release;
@@ -166,7 +166,7 @@ class Layout {
     const Anchor* get() const { return any ? rows.data() : nullptr; }
   };
 
-  Anchors look_at_anchors(TensorReader& reader) {
+  Anchors look_at_anchors(const Pointers& w, TensorReader& reader) {
     Anchors anchors;
     if (!anchors_) return anchors;
     anchors.any = true;
@@ -174,6 +174,9 @@ class Layout {
       const auto& [origin, weight] = (*anchors_)[i];
       const TensorView from = look_.origin(i, origin.ptr(), reader);
       const TensorView times = look_.weight(i, weight.ptr(), reader);
+      if (w[i] != nullptr && (from.data == w[i] || times.data == w[i]) &&
+          table_.rows()[i].numel > 0)
+        throw StaleLayout("row " + std::to_string(i) + " is its own anchor");
       Anchor anchor;
       anchor.origin = from.data;
       anchor.weight = times.data;

@@ -46,10 +46,10 @@ inline std::vector<int> penalty_indices(const std::vector<std::string>& penaltie
 
 // Of each tensor, whether it requires a gradient: 1 or 0.
 inline pybind11::bytes require_grad(const pybind11::list& tensors) {
-  static const TensorAttribute kRequiresGrad("requires_grad");
+  const TensorAttribute& requires_grad = TensorAttribute::requires_grad();
   std::string flags(pybind11::len(tensors), 0);
   for (size_t i = 0; i < flags.size(); ++i)
-    flags[i] = kRequiresGrad.of(PyList_GET_ITEM(tensors.ptr(), i)).ptr() == Py_True;
+    flags[i] = requires_grad.of(PyList_GET_ITEM(tensors.ptr(), i)).ptr() == Py_True;
   return pybind11::bytes(flags);
 }
 
@@ -165,9 +165,9 @@ class Look {
   // Each tensor's .grad. `others` are those with other strides than the tensor, and those that
   // share memory with another row's.
   Shown with_own_gradients(const pybind11::list& tensors, TensorReader& reader) {
-    static const TensorAttribute kGrad("grad");
-    Shown shown = show(tensors, reader,
-                       [&](size_t i) { return kGrad.of(PyList_GET_ITEM(tensors.ptr(), i)); });
+    const TensorAttribute& own = TensorAttribute::grad();
+    Shown shown =
+        show(tensors, reader, [&](size_t i) { return own.of(PyList_GET_ITEM(tensors.ptr(), i)); });
     for (int64_t i : gradients_.overlapping(bytes_)) {
       if (shown.g[i] != nullptr) shown.others.push_back(i);
       shown.g[i] = nullptr;
@@ -218,14 +218,18 @@ class Look {
     shown.w.reserve(rows_.size());
     shown.g.reserve(rows_.size());
     shown.alive.reserve(rows_.size());
+    // First all gradients, as a subclass runs Python here; then, at once, where everything lies.
+    for (size_t i = 0; i < rows_.size(); ++i) {
+      weights_.prefetch(i + kAhead);
+      shown.alive.push_back(gradient(i));
+      shown.present += !shown.alive.back().is_none();
+    }
     for (size_t i = 0; i < rows_.size(); ++i) {
       gradients_.prefetch(i + kAhead);
       const TensorView view = look(tensors, i, reader);
-      pybind11::object grad = gradient(i);
+      PyObject* const grad = shown.alive[i].ptr();
       shown.w.push_back(view.data);
-      shown.g.push_back(look_at_gradient(view, grad.ptr(), i, reader, shown.others));
-      shown.present += !grad.is_none();
-      shown.alive.push_back(std::move(grad));
+      shown.g.push_back(look_at_gradient(view, grad, i, reader, shown.others));
     }
     return shown;
   }

@@ -6,6 +6,7 @@
 // facts are read as Python attributes (about 1 us).
 #pragma once
 
+#include <pybind11/gil_safe_call_once.h>
 #include <pybind11/pybind11.h>
 
 #include <optional>
@@ -113,6 +114,17 @@ class TensorAttribute {
       getter_ = reinterpret_cast<PyGetSetDescrObject*>(found)->d_getset;
   }
 
+  // Made once, by whoever is first, though an import may let other threads run meanwhile.
+  static const TensorAttribute& grad() {
+    PYBIND11_CONSTINIT static pybind11::gil_safe_call_once_and_store<TensorAttribute> kept;
+    return kept.call_once_and_store_result([] { return TensorAttribute("grad"); }).get_stored();
+  }
+  static const TensorAttribute& requires_grad() {
+    PYBIND11_CONSTINIT static pybind11::gil_safe_call_once_and_store<TensorAttribute> kept;
+    return kept.call_once_and_store_result([] { return TensorAttribute("requires_grad"); })
+        .get_stored();
+  }
+
   pybind11::object of(PyObject* tensor) const {
     PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
     const bool plain = getter_ != nullptr && (type == parameter_ || type == tensor_);
@@ -161,8 +173,10 @@ class TensorReader {
   }
 
   static const dlpack::ExchangeApi* exchange_api() {
-    static const dlpack::ExchangeApi* api = find_exchange_api();
-    return enabled() ? api : nullptr;
+    using Api = const dlpack::ExchangeApi*;
+    PYBIND11_CONSTINIT static pybind11::gil_safe_call_once_and_store<Api> api;
+    api.call_once_and_store_result(find_exchange_api);
+    return enabled() ? api.get_stored() : nullptr;
   }
 
   static const dlpack::ExchangeApi* find_exchange_api() {

@@ -31,6 +31,7 @@ from .pack import (
     Pair,
     StaleLayout,
     check,
+    constants,
     geometry,
     is_freed,
 )
@@ -238,11 +239,17 @@ def _modified(call: _Call, now: list, before: list) -> str:
 
 
 def _replaced(call: _Call, rows: list[Tensor]) -> str:
-    changed = (i for i, t in enumerate(rows) if is_freed(t) or geometry(t) != call.pack.geometry[i])
+    pairs = call.pack.anchors or [()] * len(rows)
+    changed = (
+        i
+        for i, (t, pair) in enumerate(zip(rows, pairs, strict=True))
+        if geometry(t) != call.pack.geometry[i]
+        or any(is_freed(each) for each in (t, *pair) if each is not None)
+    )
     i = next(changed, 0)
     return (
-        f"{call.label(call.pack.rows[i])}: needed for the penalty's gradient, but its data was "
-        "replaced by another kind, or freed, between forward and backward"
+        f"{call.label(call.pack.rows[i])}: needed for the penalty's gradient, but its data (or "
+        "its anchor's) was replaced by another kind, or freed, between forward and backward"
     )
 
 
@@ -258,18 +265,17 @@ def _differentiable_gradient(
         else unstack_strengths(names, strengths)
     )
     formulas = [reference.FORMULAS[name] for name in names]
+    pairs = _constants(call.pack.anchors, rows)
     grads = [
         (grad_output * reference.anchored_grad(formulas[r], w, *pair, *own[r])).to(w.dtype)
         if wanted
         else None
-        for r, w, pair, wanted in zip(
-            call.pack.rule_of, rows, call.pack.pairs, ctx.wanted, strict=True
-        )
+        for r, w, pair, wanted in zip(call.pack.rule_of, rows, pairs, ctx.wanted, strict=True)
     ]
     grad_strengths = None
     if ctx.needs_input_grad[1]:
         totals = [torch.zeros_like(row) for row in strengths]
-        for r, w, pair in zip(call.pack.rule_of, rows, call.pack.pairs, strict=True):
+        for r, w, pair in zip(call.pack.rule_of, rows, pairs, strict=True):
             by = reference.anchored_strength_grad(formulas[r], w, *pair, *own[r]).to(strengths)
             totals[r] = totals[r] + torch.nn.functional.pad(by, (0, len(totals[r]) - len(by)))
         grad_strengths = grad_output * torch.stack(totals)
@@ -289,6 +295,10 @@ def _transformed_value(
     return formula_value(tensors, rules, packs.rule_of, packs.anchors)
 
 
+def _constants(anchors: Sequence[Pair] | None, tensors: Sequence[Tensor]) -> list[Pair]:
+    return [(None, None)] * len(tensors) if anchors is None else list(map(constants, anchors))
+
+
 def formula_value(
     tensors: Sequence[Tensor],
     rules: Sequence[Penalty],
@@ -296,7 +306,7 @@ def formula_value(
     anchors: Sequence[Pair] | None,
 ) -> Tensor:
     """Omega as a graph of torch operations, tensor by tensor."""
-    pairs = [(None, None)] * len(tensors) if anchors is None else anchors
+    pairs = _constants(anchors, tensors)
     terms = [
         reference.anchored_value(reference.FORMULAS[rule.name], t, *pair, *rule.strengths)
         for t, rule, pair in zip(tensors, [rules[r] for r in rule_of], pairs, strict=True)

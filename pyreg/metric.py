@@ -123,8 +123,10 @@ def metric_of(optimizer: Optimizer) -> Callable[[dict[str, Any], dict[str, Any]]
 
 
 def check_moment(metric: Metric, t: Tensor, name: str) -> None:
-    """Raise ValueError, naming the parameter, unless there is a moment for each of its elements."""
+    """Raise, naming the parameter, unless there is a floating moment for each of its elements."""
     moment = metric.moment
+    if moment is not None and not moment.is_floating_point():
+        raise TypeError(f"{name}: the optimizer's moment is {moment.dtype}, expected floating")
     if moment is not None and (moment.shape != t.shape or moment.device != t.device):
         raise ValueError(
             f"{name}: {list(t.shape)} on {t.device}, but the optimizer's moment is "

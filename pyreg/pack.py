@@ -149,6 +149,8 @@ def check_gradient(grad: Tensor, t: Tensor, name: str) -> None:
     """Raise unless `grad` can be the gradient of `t`."""
     if grad.layout != torch.strided:
         raise TypeError(f"{name}: its gradient has layout {grad.layout}, expected a dense one")
+    if grad.is_neg():
+        raise ValueError(f"{name}: its gradient is a lazily negated view; resolve_neg() it")
     check_writable(grad, f"{name}: its gradient")
     check_memory(grad, f"{name}: its gradient")
     if grad.shape != t.shape or grad.dtype != t.dtype or grad.device != t.device:
@@ -165,13 +167,42 @@ def check_pair(pair: Pair, t: Tensor, name: str) -> None:
         check(beside, f"{name}: its {kind}")
         check_memory(beside, f"{name}: its {kind}")
         if beside.shape != t.shape:
-            raise ValueError(f"{name}: {describe(t)} has a {kind} {describe(beside)}")
-        plain = not (has_own_dispatch(t) or has_own_dispatch(beside)) and t.device.type != "meta"
-        if plain and t.numel() and beside.data_ptr() == t.data_ptr():
+            raise ValueError(f"{name}: {describe(t)}, but its {kind} is {describe(beside)}")
+        if share_memory(beside, t):
             raise ValueError(
-                f"{name}: its {kind} is the parameter itself (a state_dict() shares the model's "
-                "memory); clone it"
+                f"{name}: its {kind} is the parameter itself, or shares memory with it (as a "
+                "state_dict() does with the model); clone it"
             )
+
+
+def constants(pair: Pair) -> Pair:
+    """The pair without a graph."""
+    return tuple(None if t is None else t.detach() for t in pair)
+
+
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether an element of one may lie where one of the other does, as far as can be seen."""
+    if not (_has_address(a) and _has_address(b)):
+        return False
+    (a_begin, a_end), (b_begin, b_end) = _extent(a), _extent(b)
+    return a_begin < b_end and b_begin < a_end
+
+
+def _has_address(t: Tensor) -> bool:
+    return not (
+        has_own_dispatch(t)
+        or t.device.type == "meta"
+        or torch._C._functorch.is_functorch_wrapped_tensor(t)
+    )
+
+
+def _extent(t: Tensor) -> tuple[int, int]:
+    """Where its elements begin and end."""
+    begin = t.data_ptr()
+    if t.numel() == 0:
+        return begin, begin
+    last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    return begin, begin + (last + 1) * t.element_size()
 
 
 def irregular_pair(pair: Pair, t: Tensor) -> str | None:
@@ -182,9 +213,9 @@ def irregular_pair(pair: Pair, t: Tensor) -> str | None:
         if beside.device != t.device:
             return f"has its {kind} on {beside.device}"
         if (why := irregular(beside)) is not None:
-            return f"has a {kind} that {why}"
+            return f"has its {kind} in a tensor that {why}"
         if t.numel() and _strides_that_matter(beside) != _strides_that_matter(t):
-            return f"has a {kind} of other strides"
+            return f"has its {kind} in a tensor of other strides"
     return None
 
 
@@ -221,13 +252,8 @@ class Pack:
         rule = rules[self.rule_of[i]]
         if self.anchors is None:
             return rule
-        anchor, weight = self.anchors[i]
+        anchor, weight = constants(self.anchors[i])
         return replace(rule, anchor=anchor, weight=weight)
-
-    @property
-    def pairs(self) -> list[Pair]:
-        """The rows' anchors, of nothing where there are none."""
-        return [(None, None)] * len(self.rows) if self.anchors is None else self.anchors
 
     def check_rows(self, tensors: Sequence[Tensor]) -> None:
         """Raise StaleLayout unless the rows are what they were."""
@@ -237,7 +263,7 @@ class Pack:
             raise StaleLayout
         for pair, t in zip(self.anchors or (), tensors, strict=self.anchors is not None):
             beside = [b for b in pair if b is not None]
-            if any(b.shape != t.shape or is_freed(b) for b in beside) or (
+            if any(b.shape != t.shape or is_freed(b) or share_memory(b, t) for b in beside) or (
                 self.irregular is None and irregular_pair(pair, t) is not None
             ):
                 raise StaleLayout

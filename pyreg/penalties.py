@@ -121,7 +121,8 @@ class Penalty:
             anchor and an estimate F of the Fisher information, L2(lam / 2, anchor=..., weight=F)
             is elastic weight consolidation.
 
-    Both stay the caller's: what is changed in them in place counts from then on.
+    The tensors stay the caller's, and what is changed in them counts from then on; a Regularizer
+    looks them up in the mappings when it is made, and looks then whether the weights are good.
 
     Source: Li, Grandvalet, Davoine (2018), "Explicit inductive bias for transfer learning with
     convolutional networks" (L2-SP); Kirkpatrick et al. (2017), "Overcoming catastrophic forgetting
@@ -186,6 +187,13 @@ class Penalty:
         """Whether it has an anchor or weights."""
         return self.anchor is not None or self.weight is not None
 
+    def settled(self) -> Penalty:
+        """This penalty with mappings of its own."""
+        own = {
+            k: dict(m) for k in ("anchor", "weight") if isinstance(m := getattr(self, k), Mapping)
+        }
+        return replace(self, **own) if own else self
+
     def beside(self, *names: str) -> tuple[Tensor | None, Tensor | None]:
         """The anchor and the weight of the one parameter of these names.
 
@@ -214,10 +222,15 @@ class Penalty:
         anchor, weight = self.beside(*names)
         return replace(self, anchor=anchor, weight=weight)
 
-    @property
-    def _beside(self) -> tuple[Tensor | None, Tensor | None]:
+    def _beside(self, w: Tensor) -> tuple[Tensor | None, Tensor | None]:
         for kind in ("anchor", "weight"):
-            if isinstance(getattr(self, kind), Mapping):
+            beside = getattr(self, kind)
+            if isinstance(beside, Tensor) and beside.shape != w.shape:
+                raise ValueError(
+                    f"{type(self).__name__}.{kind}: expected {list(w.shape)}, like the tensor that "
+                    f"it is for, got {list(beside.shape)}"
+                )
+            if isinstance(beside, Mapping):
                 raise TypeError(
                     f"{type(self).__name__}.{kind} is a mapping: take the penalty of one parameter "
                     "with .of(name), or give it to a Regularizer, which knows the names"
@@ -228,7 +241,7 @@ class Penalty:
         """Omega(w): 0-dim, float32 (float64 for a float64 `w`), differentiable unless L0's."""
         formula = reference.FORMULAS[self.name]
         if self.is_anchored:
-            return reference.anchored_value(formula, w, *self._beside, *self.strengths)
+            return reference.anchored_value(formula, w, *self._beside(w), *self.strengths)
         return formula.value(w, *self.strengths)
 
     def grad(self, w: Tensor) -> Tensor:
@@ -240,7 +253,7 @@ class Penalty:
             raise _no_gradient(self)
         if self.is_anchored:
             of = reference.FORMULAS[self.name]
-            return reference.anchored_grad(of, w, *self._beside, *self.strengths)
+            return reference.anchored_grad(of, w, *self._beside(w), *self.strengths)
         return formula(w, *self.strengths)
 
     def prox(self, w: Tensor, step: float | Tensor) -> Tensor:
@@ -252,7 +265,7 @@ class Penalty:
             step = check_strength("step", step)
         formula = reference.FORMULAS[self.name]
         if self.is_anchored:
-            return reference.anchored_prox(formula, w, step, *self._beside, *self.strengths)
+            return reference.anchored_prox(formula, w, step, *self._beside(w), *self.strengths)
         return formula.prox(w, step, *self.strengths)
 
 

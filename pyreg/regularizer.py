@@ -23,22 +23,26 @@ from .penalties import (
     check_strength,
     check_strengths,
 )
+from .reference import compute_dtype
 from .stats import Stats
 
 
 class _Group:
     """Some of the covered parameters, with the packs of their sweeps."""
 
-    def __init__(self, covered: Sequence[Covered], rules: Mapping[str, Penalty]) -> None:
+    def __init__(
+        self,
+        covered: Sequence[Covered],
+        rules: Mapping[str, Penalty],
+        pairs: Mapping[str, Pair] | None,
+    ) -> None:
         self.covered = covered
         self.part: _Group = self
         self.part_flags = b""
         self.names = [row.name for row in covered]
         self.tensors = [row.tensor for row in covered]
         patterns, kinds = list(rules), tuple(rule.name for rule in rules.values())
-        anchors = None
-        if any(rule.is_anchored for rule in rules.values()):
-            anchors = [_pair(rules[row.rule], row, self.label(i)) for i, row in enumerate(covered)]
+        anchors = None if pairs is None else [pairs[row.name] for row in covered]
         self.packs = Packs(kinds, [patterns.index(row.rule) for row in covered], anchors)
 
     def label(self, i: int) -> str:
@@ -87,6 +91,8 @@ class Regularizer:
             _check_pattern(pattern, "rules")
             if not isinstance(penalty, Penalty):
                 raise TypeError(f"rules[{pattern!r}]: expected a penalty, got {penalty!r}")
+        # Mappings as they are now, whatever becomes of their entries.
+        self.rules = {pattern: rule.settled() for pattern, rule in self.rules.items()}
         self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude or ())
         for pattern in self.exclude:
             _check_pattern(pattern, "exclude")
@@ -342,12 +348,18 @@ class Regularizer:
         for i, row in enumerate(covered):
             check(row.tensor, label(i, row.name))
             check_memory(row.tensor, label(i, row.name))
+        self._anchors = None
+        if any(rule.is_anchored for rule in self.rules.values()):
+            self._anchors = {
+                row.name: _pair(self.rules[row.rule], row, label(i, row.name))
+                for i, row in enumerate(covered)
+            }
         self._covered = self._group(covered)
         names = [name for row in covered for name in (row.name, *row.aliases)]
         self._slots = [] if self._model is None else _slots(self._model, names)
 
     def _group(self, covered: Sequence[Covered]) -> _Group:
-        return _Group(covered, self.rules)
+        return _Group(covered, self.rules, self._anchors)
 
     def _refresh(self) -> None:
         """Resolve again if the module holds other parameters by now."""
@@ -392,7 +404,7 @@ class Regularizer:
 
 
 def _pair(rule: Penalty, row: Covered, label: str) -> Pair:
-    """The anchor and weights of one parameter, as constants."""
+    """The anchor and weights of one parameter."""
     try:
         beside = rule.beside(row.name, *row.aliases)
     except KeyError as error:
@@ -400,11 +412,13 @@ def _pair(rule: Penalty, row: Covered, label: str) -> Pair:
         raise ValueError(
             f"{label}: rule {row.rule!r} has no {kind} for it; give it one, or a rule of its own"
         ) from None
-    pair = tuple(t.detach() if isinstance(t, Tensor) else t for t in beside)
-    check_pair(pair, row.tensor, label)
-    if pair[1] is not None and not ((pair[1] >= 0) & pair[1].isfinite()).all():
-        raise ValueError(f"{label}: its weight has elements that are not finite numbers >= 0")
-    return pair
+    check_pair(beside, row.tensor, label)
+    weight = beside[1]
+    if weight is not None and weight.device.type != "meta":
+        in_compute_dtype = weight.detach().to(compute_dtype(row.tensor.dtype))
+        if not ((in_compute_dtype >= 0) & in_compute_dtype.isfinite()).all():
+            raise ValueError(f"{label}: its weight has elements that are not finite numbers >= 0")
+    return beside
 
 
 def _slots(model: nn.Module, names: Iterable[str]) -> list[Slots]:

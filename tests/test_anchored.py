@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import hypothesis.strategies as st
 import pytest
@@ -140,6 +141,7 @@ def test_every_sweep(penalty, dtype, beside_dtype, kind, backend):
             assert near.double().mean() > 0.97 if t.numel() else True
 
 
+@pyreg.use_backend("auto")
 @pytest.mark.parametrize("penalty", penalties(), ids=repr)
 def test_an_anchor_of_nothing_changes_nothing(native, penalty):
     """origin 0 and weight 1: value, gradient and prox of the plain sweep, bit for bit."""
@@ -222,24 +224,134 @@ def test_compiled_and_transformed():
     for a, p in zip(found, module.parameters(), strict=True):
         torch.testing.assert_close(a, p.grad)
 
+    class Penalised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = module
+
+        def forward(self):
+            return reg()
+
     def of(weight):
-        return torch.func.functional_call(Holder(module, reg), {"module.weight": weight}, ())
+        return torch.func.functional_call(Penalised(), {"module.weight": weight}, ())
 
     torch.testing.assert_close(
         torch.func.grad(of)(module.weight.detach()), 0.2 * (module.weight - anchor["weight"])
     )
 
 
-class Holder(nn.Module):
-    """A module that gives its own penalty."""
+def test_frozen_parameters_while_compiled():
+    module = nn.Linear(4, 3)
+    anchor = {n: torch.randn_like(p) for n, p in module.named_parameters()}
+    reg = Regularizer(module, L2(0.5, anchor=anchor))
+    module.weight.requires_grad_(False)
+    compiled = torch.compile(lambda: reg(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(), 0.5 * (module.bias - anchor["bias"]).square().sum())
 
-    def __init__(self, module, reg):
-        super().__init__()
-        self.module = module
-        self.rule = reg.rules["weight"]
 
-    def forward(self):
-        return self.rule.of("weight").value(self.module.weight)
+def test_tied_weights_have_the_anchor_of_any_of_their_names(backend):
+    model = nn.ModuleList([nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)])
+    model[1].weight = model[0].weight
+    anchor = {"1.weight": torch.ones(3, 3)}
+    expected = (model[0].weight.detach() - 1).square().sum()
+    reg = Regularizer(model, L2(1.0, anchor=anchor))
+    torch.testing.assert_close(reg().detach(), expected)
+    norm = reg.report(gradients=True).rules[0].gradient_norm
+    assert norm == pytest.approx(2 * math.sqrt(expected.item()), rel=1e-6)
+
+
+def test_the_parameters_of_another_model_as_anchors(backend):
+    """They require grad, which is none of the penalty's business; what becomes of them counts."""
+    student, teacher = nn.Linear(4, 4), nn.Linear(4, 4)
+    reg = Regularizer(student, L2(1.0, anchor=dict(teacher.named_parameters())))
+    reg().backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    for p in teacher.parameters():
+        p.data = torch.full_like(p, 2.0)
+    expected = sum((p.detach() - 2).square().sum() for p in student.parameters())
+    torch.testing.assert_close(reg().detach(), expected)
+
+
+def test_gradients_of_other_strides(backend):
+    w = nn.Parameter(torch.randn(20, 30))
+    w.grad = torch.zeros(30, 20).t()
+    anchor = torch.randn(20, 30)
+    Regularizer({"w": w}, L2(0.5, anchor={"w": anchor})).accumulate_()
+    torch.testing.assert_close(w.grad, w.detach() - anchor)
+
+
+def test_parameters_that_share_memory(backend):
+    buffer = torch.full((30,), 3.0)
+    params = {"a": buffer[:20], "b": buffer[10:]}
+    ones = {name: torch.ones_like(t) for name, t in params.items()}
+    Regularizer(params, L2(0.5, anchor=ones), include_frozen=True).prox_(1.0)
+    assert buffer.tolist() == [2.0] * 10 + [1.5] * 10 + [2.0] * 10
+
+
+def test_a_copy_goes_on_with_its_own_anchor():
+    reg = Regularizer({"w": torch.ones(5)}, L2(1.0, anchor={"w": torch.zeros(5)}), include_frozen=1)
+    for other in (copy.deepcopy(reg), pickle.loads(pickle.dumps(reg))):
+        other.rules["*"].anchor["w"].fill_(1.0)
+        assert other().item() == 0.0
+    assert reg().item() == 5.0
+
+
+class TestNothingHalfDone:
+    """A plain and an anchored rule: two packs. Neither is written if the other cannot be."""
+
+    def make(self):
+        self.a, self.b = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(5))
+        for p in (self.a, self.b):
+            p.grad = torch.zeros(5)
+        rules = {"a": L2(1.0), "b": L2(1.0, anchor={"b": torch.zeros(5)})}
+        self.reg = Regularizer({"a": self.a, "b": self.b}, rules)
+        self.reg()
+
+    def test_a_negated_view(self):
+        self.make()
+        self.b.data = torch._neg_view(torch.ones(5))
+        self.reg.accumulate_()
+        assert self.a.grad.tolist() == [2.0] * 5
+        assert self.b.grad.tolist() == [-2.0] * 5
+
+    def test_freed(self, backend):
+        self.make()
+        self.b.untyped_storage().resize_(0)
+        with pytest.raises(ValueError, match=r"'b'.*has no memory"):
+            self.reg.accumulate_()
+        assert self.a.grad.tolist() == [0.0] * 5
+
+    def test_a_freed_anchor(self, backend):
+        self.make()
+        self.reg.rules["b"].anchor["b"].untyped_storage().resize_(0)
+        with pytest.raises(ValueError, match=r"'b'\): its anchor.*has no memory"):
+            self.reg.prox_(1.0)
+        assert self.a.tolist() == [1.0] * 5
+
+    def test_a_negated_gradient(self, backend):
+        self.make()
+        self.b.grad = torch._neg_view(torch.zeros(5))
+        with pytest.raises(ValueError, match=r"'b'\): its gradient is a lazily negated view"):
+            self.reg.accumulate_()
+        assert self.a.grad.tolist() == [0.0] * 5
+
+    def test_a_moment_of_integers(self, backend):
+        self.make()
+        optimizer = torch.optim.Adam([self.a, self.b])
+        optimizer.step()
+        optimizer.state[self.b]["exp_avg_sq"] = torch.zeros(5, dtype=torch.int32)
+        attachment = self.reg.attach(optimizer, "prox")
+        before = self.a.tolist()
+        with pytest.raises(TypeError, match=r"'b'.*moment is torch.int32"):
+            self.reg._prox(attachment._metric_of_rows())
+        assert self.a.tolist() == before
+
+    def test_weights_that_became_their_own_anchor(self, backend):
+        self.make()
+        self.b.data = self.reg.rules["b"].anchor["b"]
+        with pytest.raises(ValueError, match=r"'b'.*is the parameter itself"):
+            self.reg.accumulate_()
+        assert self.a.grad.tolist() == [0.0] * 5
 
 
 def test_plain_and_anchored_rules_in_one_regularizer():
@@ -291,7 +403,8 @@ def test_the_anchor_stays_the_callers():
     assert again().item() == 0.0
 
 
-def test_an_anchor_changed_between_forward_and_backward():
+@pyreg.use_backend("auto")
+def test_an_anchor_changed_between_forward_and_backward(native):
     w, anchor = torch.ones(10, requires_grad=True), {"w": torch.zeros(10)}
     loss = Regularizer({"w": w}, L2(1.0, anchor=anchor))()
     anchor["w"].fill_(1.0)
@@ -300,7 +413,8 @@ def test_an_anchor_changed_between_forward_and_backward():
 
 
 @pytest.mark.parametrize("layout", ["strides", "expanded", "offset"])
-def test_anchors_of_other_layouts(layout):
+@pyreg.use_backend("auto")
+def test_anchors_of_other_layouts(native, layout):
     w = torch.randn(20, 30)
     anchor = torch.randn(30, 20).t() if layout == "strides" else torch.randn(30).expand(20, 30)
     if layout == "offset":
@@ -308,7 +422,9 @@ def test_anchors_of_other_layouts(layout):
     reg = Regularizer({"w": w}, L2(1.0, anchor={"w": anchor}), include_frozen=True)
     assert reg().item() == pytest.approx((w - anchor).double().square().sum().item(), rel=1e-6)
     (sweep,) = reg.report().sweeps
-    if layout != "offset":
+    if layout == "offset":
+        assert sweep == "1 tensors on cpu: native"
+    else:
         assert sweep.startswith("1 tensors on cpu: torch (")
         assert "'w'" in sweep
 
@@ -340,9 +456,17 @@ class TestBadInput:
 
     def test_another_shape(self):
         self.make(
-            "'layer.weight'.*float32 \\[4, 3\\] has a.* float32 \\[3, 4\\]",
+            "'layer.weight'.*float32 \\[4, 3\\], but its anchor is float32 \\[3, 4\\]",
             anchor={"layer.weight": torch.zeros(3, 4)},
         )
+
+        with pytest.raises(ValueError, match=r"L2.anchor: expected \[3\]"):
+            L2(0.1, anchor=torch.zeros(4, 3)).value(torch.ones(3))
+
+    def test_overlapping(self):
+        buffer = torch.randn(21)
+        with pytest.raises(ValueError, match=r"'w'.*shares memory"):
+            Regularizer({"w": buffer[1:]}, L2(0.1, anchor={"w": buffer[:-1]}), include_frozen=True)
 
     def test_integers(self):
         zeros = torch.zeros(4, 3, dtype=torch.int64)
