@@ -82,6 +82,13 @@ struct Shown {
   std::vector<int64_t> others;          // rows whose gradient the caller must see to; null in g
 };
 
+// The tensors of one call and what lies beside each: an optimizer's moment, or null.
+struct Beside {
+  Pointers w, moments;
+  std::string float32;          // of each moment, whether it is float32 and not its row's dtype
+  std::vector<int64_t> others;  // rows that the caller must see to; null in both
+};
+
 class Look {
  public:
   // The tensors of one device, and each one's rule.
@@ -132,18 +139,33 @@ class Look {
     return pointers;
   }
 
-  // A tensor that lies beside row i, an optimizer's moment: of its shape, in any swept dtype.
-  TensorView beside(size_t i, PyObject* tensor, TensorReader& reader, bool& same_strides) {
-    TensorView row;
-    row.ndim = recorded_[i].ndim;
-    row.shape = geometry_.data() + recorded_[i].geometry;
-    row.strides = row.shape + row.ndim;
-    const TensorView view = reader.read(tensor);
-    if (!is_here(view) || !view.dtype || !view.same_shape(row) ||
-        !in_memory(view, tensor, i, beside_))
-      throw pybind11::value_error("row " + std::to_string(i) + ": a moment unlike its tensor");
-    same_strides = view.same_strides(row);
-    return view;
+  // moments[i] is a tensor of the shape of tensors[i], or None. `others` are rows that share memory
+  // with another row, and those whose moment has other strides or a dtype that is neither the row's
+  // own nor float32.
+  Beside with_moments(const pybind11::list& tensors, const pybind11::list& moments,
+                      TensorReader& reader) {
+    if (pybind11::len(moments) != rows_.size())
+      throw pybind11::value_error("one moment per tensor");
+    Beside beside;
+    beside.w = separate_tensors(tensors, reader, beside.others);
+    beside.moments.resize(rows_.size());
+    beside.float32.resize(rows_.size());
+    for (size_t i = 0; i < rows_.size(); ++i) {
+      PyObject* const moment = PyList_GET_ITEM(moments.ptr(), i);
+      if (moment == Py_None) continue;
+      bool same_strides;
+      const TensorView view = look_beside(i, moment, reader, same_strides);
+      if (beside.w[i] == nullptr) continue;
+      const bool own = view.dtype == rows_[i].dtype;
+      if (same_strides && (own || view.dtype == DType::kFloat32)) {
+        beside.moments[i] = view.data;
+        beside.float32[i] = !own;
+      } else {
+        beside.others.push_back(static_cast<int64_t>(i));
+        beside.w[i] = nullptr;
+      }
+    }
+    return beside;
   }
 
   // grads[i] is a tensor like tensors[i], or None to leave the row out.
@@ -202,6 +224,19 @@ class Look {
       shown.alive.push_back(std::move(grad));
     }
     return shown;
+  }
+
+  TensorView look_beside(size_t i, PyObject* moment, TensorReader& reader, bool& same_strides) {
+    TensorView row;
+    row.ndim = recorded_[i].ndim;
+    row.shape = geometry_.data() + recorded_[i].geometry;
+    row.strides = row.shape + row.ndim;
+    const TensorView view = read_as<pybind11::value_error>(moment, i, reader);
+    if (!is_here(view) || !view.dtype || !view.same_shape(row) ||
+        !in_memory(view, moment, i, beside_))
+      throw pybind11::value_error("row " + std::to_string(i) + ": a moment unlike its tensor");
+    same_strides = view.same_strides(row);
+    return view;
   }
 
   TensorView look(const pybind11::list& tensors, size_t i, TensorReader& reader) {

@@ -128,7 +128,7 @@ class NativeBackend:
             [m.root for m in metrics],
             self._strengths(rules),
         )
-        for i in dict.fromkeys(others):
+        for i in others:
             apply_prox_in_metric(rules[pack.rule_of[i]], tensors[i], metrics[i])
             value += rules[pack.rule_of[i]].value(tensors[i]).item()
         torch.autograd.graph.increment_version(tensors)
