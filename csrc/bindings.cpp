@@ -90,46 +90,30 @@ class Layout {
     return others;
   }
 
-  // The same with a step for each element. moments[i] is a tensor like tensors[i], of its dtype or
-  // float32, or None; numbers is [rows][3] (numerator, factor, offset). Returns the value of the
-  // new weights, and the rows left to the caller: those that share memory with another row, or
-  // whose moment lies otherwise than the tensor. Those are not in the value.
+  // The same with a step for each element. moments are as Look::with_moments takes them; numbers is
+  // [rows][3] (numerator, factor, offset). Returns the value of the new weights, and the rows left
+  // to the caller, which are not in the value.
   py::tuple prox_in_metric(const py::list& tensors, const py::list& moments,
                            const std::vector<double>& numbers, const std::vector<bool>& root,
                            const std::vector<double>& strengths, int threads) {
     check_strengths(strengths);
     const size_t rows = table_.rows().size();
-    if (py::len(moments) != rows || numbers.size() != 3 * rows || root.size() != rows)
+    if (numbers.size() != 3 * rows || root.size() != rows)
       throw py::value_error("one metric per tensor");
     TensorReader reader;
-    std::vector<int64_t> others;
-    Pointers w = look_.separate_tensors(tensors, reader, others);
+    const Beside beside = look_.with_moments(tensors, moments, reader);
     std::vector<Metric> metrics(rows);
-    for (size_t i = 0; i < rows; ++i) {
-      Metric& metric = metrics[i];
-      metric.root = root[i];
-      metric.numerator = numbers[3 * i];
-      metric.factor = numbers[3 * i + 1];
-      metric.offset = numbers[3 * i + 2];
-      PyObject* const moment = PyList_GET_ITEM(moments.ptr(), i);
-      if (moment == Py_None) continue;
-      bool same_strides;
-      const TensorView view = look_.moment(i, moment, reader, same_strides);
-      metric.moment = view.data;
-      metric.float32 = view.dtype == DType::kFloat32;
-      if (!same_strides || !(metric.float32 || view.dtype == look_.rows()[i].dtype)) {
-        others.push_back(static_cast<int64_t>(i));
-        w[i] = nullptr;
-      }
-    }
-    const Anchors anchors = look_at_anchors(w, reader);
+    for (size_t i = 0; i < rows; ++i)
+      metrics[i] = {beside.moments[i], beside.float32[i] != 0, root[i],
+                    numbers[3 * i],    numbers[3 * i + 1],     numbers[3 * i + 2]};
+    const Anchors anchors = look_at_anchors(beside.w, reader);
     std::vector<double> sums = make_sums();
     {
       py::gil_scoped_release release;
-      cpu::prox_in_metric(table_, w.data(), metrics.data(), strengths.data(), sums.data(), threads,
-                          anchors.get());
+      cpu::prox_in_metric(table_, beside.w.data(), metrics.data(), strengths.data(), sums.data(),
+                          threads, anchors.get());
     }
-    return py::make_tuple(value_from_sums(table_, sums.data(), strengths.data()), others);
+    return py::make_tuple(value_from_sums(table_, sums.data(), strengths.data()), beside.others);
   }
 
   // [(l1, l2_squared, max_abs, zeros, non_finite), ...], one per row.
@@ -217,6 +201,13 @@ py::tuple separate_tensors(Look& look, const py::list& tensors) {
   return py::make_tuple(as_bytes(w), others);
 }
 
+py::tuple with_moments(Look& look, const py::list& tensors, const py::list& moments) {
+  TensorReader reader;
+  const Beside beside = look.with_moments(tensors, moments, reader);
+  return py::make_tuple(as_bytes(beside.w), as_bytes(beside.moments), py::bytes(beside.float32),
+                        beside.others);
+}
+
 Shown with_gradients(Look& look, const py::list& tensors, const py::list& grads) {
   TensorReader reader;
   return look.with_gradients(tensors, grads, reader);
@@ -270,6 +261,7 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init(&pyreg::look_at), py::arg("tensors"))
       .def("tensors", &pyreg::tensors, py::arg("tensors"))
       .def("separate_tensors", &pyreg::separate_tensors, py::arg("tensors"))
+      .def("with_moments", &pyreg::with_moments, py::arg("tensors"), py::arg("moments"))
       .def("with_gradients", &pyreg::with_gradients, py::arg("tensors"), py::arg("grads"))
       .def("with_own_gradients", &pyreg::with_own_gradients, py::arg("tensors"));
 }

@@ -82,6 +82,13 @@ struct Shown {
   std::vector<int64_t> others;          // rows whose gradient the caller must see to; null in g
 };
 
+// The tensors of one call and what lies beside each: an optimizer's moment, or null.
+struct Beside {
+  Pointers w, moments;
+  std::string float32;          // of each moment, whether it is float32 and not its row's dtype
+  std::vector<int64_t> others;  // rows that the caller must see to; null in both
+};
+
 class Look {
  public:
   // The tensors of one device, and each one's rule.
@@ -134,13 +141,33 @@ class Look {
     return pointers;
   }
 
-  // An optimizer's moment of row i: of its shape, in any swept dtype.
-  TensorView moment(size_t i, PyObject* tensor, TensorReader& reader, bool& same_strides) {
-    const TensorView view = reader.read(tensor);
-    if (!lies_beside(view, i) || !in_memory(view, tensor, i, moments_))
-      throw pybind11::value_error("row " + std::to_string(i) + ": a moment unlike its tensor");
-    same_strides = view.same_strides(row(i));
-    return view;
+  // moments[i] is a tensor of the shape of tensors[i], or None. `others` are rows that share memory
+  // with another row, and those whose moment has other strides or a dtype that is neither the row's
+  // own nor float32.
+  Beside with_moments(const pybind11::list& tensors, const pybind11::list& moments,
+                      TensorReader& reader) {
+    if (pybind11::len(moments) != rows_.size())
+      throw pybind11::value_error("one moment per tensor");
+    Beside beside;
+    beside.w = separate_tensors(tensors, reader, beside.others);
+    beside.moments.resize(rows_.size());
+    beside.float32.resize(rows_.size());
+    for (size_t i = 0; i < rows_.size(); ++i) {
+      PyObject* const moment = PyList_GET_ITEM(moments.ptr(), i);
+      if (moment == Py_None) continue;
+      bool same_strides;
+      const TensorView view = look_at_moment(i, moment, reader, same_strides);
+      if (beside.w[i] == nullptr) continue;
+      const bool own = view.dtype == rows_[i].dtype;
+      if (same_strides && (own || view.dtype == DType::kFloat32)) {
+        beside.moments[i] = view.data;
+        beside.float32[i] = !own;
+      } else {
+        beside.others.push_back(static_cast<int64_t>(i));
+        beside.w[i] = nullptr;
+      }
+    }
+    return beside;
   }
 
   // What row i's penalty is measured from and weighted with: tensors of its shape and strides, in
@@ -197,7 +224,7 @@ class Look {
 
   TensorView beside(size_t i, PyObject* tensor, TensorReader& reader, Places& places) {
     if (tensor == Py_None) return {};
-    const TensorView view = reader.read(tensor);
+    const TensorView view = read_as<StaleLayout>(tensor, i, reader);
     if (!lies_beside(view, i) || !view.same_strides(row(i)) || !in_memory(view, tensor, i, places))
       throw StaleLayout("the anchor of row " + std::to_string(i) + " changed");
     return view;
@@ -232,6 +259,14 @@ class Look {
       shown.g.push_back(look_at_gradient(view, grad, i, reader, shown.others));
     }
     return shown;
+  }
+
+  TensorView look_at_moment(size_t i, PyObject* moment, TensorReader& reader, bool& same_strides) {
+    const TensorView view = read_as<pybind11::value_error>(moment, i, reader);
+    if (!lies_beside(view, i) || !in_memory(view, moment, i, moments_))
+      throw pybind11::value_error("row " + std::to_string(i) + ": a moment unlike its tensor");
+    same_strides = view.same_strides(row(i));
+    return view;
   }
 
   TensorView look(const pybind11::list& tensors, size_t i, TensorReader& reader) {

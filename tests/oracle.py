@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyreg.metric import Metric
 from pyreg.penalties import Penalty
 from pyreg.reference import FORMULAS, compute_dtype
 
@@ -108,8 +109,22 @@ def agrees(
     return bool((near | (got == expected) | (got.isnan() & expected.isnan())).all())
 
 
-def prox(penalty: Penalty, w: Tensor, step: float) -> tuple[Tensor, Tensor]:
-    """(the float64 prox, absolute tolerance per element).
+STEPS_OFF = 6  # roundings of a step in a metric: see `metric_step`
+
+
+def metric_step(metric: Metric) -> Tensor:
+    """numerator / (factor * root(moment) + offset) in float64.
+
+    In C: the factor, the root, their product and the sum are one rounding each, as is the offset
+    (no more than the others); the numerator and the quotient too. All terms are >= 0: STEPS_OFF u.
+    """
+    moment = metric.moment.double()
+    root = moment.sqrt() if metric.root else moment
+    return metric.numerator / (metric.factor * root + metric.offset)
+
+
+def prox(penalty: Penalty, w: Tensor, step: float | Tensor) -> tuple[Tensor, Tensor]:
+    """(the float64 prox, absolute tolerance per element). A tensor of steps is `metric_step`'s.
 
     fl(step * strength) is step * strength with a step that is off by u relative, and 1 + 2 step l2
     by another u: both move the result monotonically, so proxes at step (1 +- 2u) enclose them (4u,
@@ -119,15 +134,16 @@ def prox(penalty: Penalty, w: Tensor, step: float) -> tuple[Tensor, Tensor]:
     dtype (its own u, or half of the smallest number). Where the prox jumps, any point of the jump
     is within the tolerance: see `is_minimal`.
     """
-    strengths, t = _strengths(penalty, w.dtype), rounded(step, w.dtype)
+    strengths, t = _strengths(penalty, w.dtype), _step(step, w.dtype)
     formula, x = FORMULAS[penalty.name].prox, w.detach().double()
     c, own = compute_dtype(w.dtype), w.dtype
     u = unit_roundoff(c)
     exact = formula(x, t, *strengths)
-    error = (8 if penalty.name == "l_half" else 4) * u * t + (
+    error = ((8 if penalty.name == "l_half" else 4) + _off(step)) * u * t + (
         smallest(c) / strengths[0] if strengths[0] > 0 else 0
     )
-    near, far = formula(x, max(t - error, 0), *strengths), formula(x, t + error, *strengths)
+    near = formula(x, (t - error).clamp(min=0), *strengths)
+    far = formula(x, t + error, *strengths)
     spread = (near - far).abs()
     if penalty.name not in ("l1", "l2", "elastic_net"):
         for k in range(len(strengths)):
@@ -139,22 +155,37 @@ def prox(penalty: Penalty, w: Tensor, step: float) -> tuple[Tensor, Tensor]:
     return exact, spread + 1.01 * by_result * exact.abs() + smallest(own)  # 1 %: second order
 
 
-def is_minimal(penalty: Penalty, w: Tensor, step: float, got: Tensor) -> bool:
+def _step(step: float | Tensor, dtype: torch.dtype) -> Tensor:
+    if isinstance(step, Tensor):
+        return step
+    return torch.tensor(rounded(step, dtype), dtype=torch.float64)
+
+
+def _off(step: float | Tensor) -> int:
+    return STEPS_OFF if isinstance(step, Tensor) else 0
+
+
+def is_minimal(penalty: Penalty, w: Tensor, step: float | Tensor, got: Tensor) -> bool:
     """step * Omega(u) + (u - w)^2 / 2 is at `got` what it is at the prox, so that of two minimisers
     either will do.
 
     For penalties that are concave on each side of 0: an error e of `got` costs <= e^2 / 2. Step and
-    strengths that are off by 8 u, in all, move the objective (<= w^2 / 2) by 8 u of it at each end.
+    strengths that are off by 8 u, in all, move the objective (<= w^2 / 2) by 8 u of it at each end;
+    a step in a metric by STEPS_OFF more.
     """
     if penalty.name not in ("l0", "l_half", "log_sum", "mcp", "scad") or w.numel() == 0:
         return True
-    strengths, t = _strengths(penalty, w.dtype), rounded(step, w.dtype)
+    strengths, t = _strengths(penalty, w.dtype), _step(step, w.dtype)
     own, x, found = type(penalty)(*strengths), w.detach().double(), got.detach().double()
     omega = torch.func.vmap(own.value)
     exact = own.prox(x, t)
     cost, least = (t * omega(p) + (p - x) ** 2 / 2 for p in (found, exact))
     u, rounding = unit_roundoff(compute_dtype(w.dtype)), unit_roundoff(w.dtype)
-    bound = (16 * u + rounding**2) * x**2 + smallest(w.dtype) ** 2 + t * strengths[0] * 2**-149
+    bound = (
+        (2 * (8 + _off(step)) * u + rounding**2) * x**2
+        + smallest(w.dtype) ** 2
+        + t * strengths[0] * 2**-149
+    )
     return bool((((cost - least) <= bound) | ~x.isfinite()).all())
 
 

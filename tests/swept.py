@@ -13,6 +13,7 @@ from torch import Tensor
 from pyreg import pack
 from pyreg.backend.triton import interpreted
 from pyreg.dispatch import backend as backend_by_name
+from pyreg.metric import Metric
 from pyreg.penalties import Penalty
 
 
@@ -62,11 +63,15 @@ class Sweeps:
     def prox(self, step: float) -> None:
         self.backend.prox(self.pack, self.tensors, self.rules, step)
 
+    def prox_in_metric(self, metrics: list[Metric]) -> float:
+        value = self.backend.prox_in_metric(self.pack, self.tensors, metrics, self.rules)
+        return value.item()
+
     def stats(self) -> Tensor:
         return self.backend.stats(self.pack, self.tensors)
 
     def everything(self) -> list[Tensor]:
-        """The results of all sweeps; the last one, prox, changes the tensors."""
+        """The results of all sweeps; the last two, proxes, change the tensors."""
         grads = [torch.ones_like(t) for t in self.tensors]
         results = [
             torch.tensor(self.value()).double(),
@@ -75,6 +80,8 @@ class Sweeps:
             *grads,
             self.stats(),
         ]
+        metrics = [Metric(g, 0.2, 1.5, 0.1) for g in moments(self.tensors)]
+        results.append(torch.tensor(self.prox_in_metric(metrics)).double())
         self.prox(0.3)
         return [*results, *self.tensors]
 
@@ -132,6 +139,11 @@ def each(places: list[Place]) -> list:
 def old_gradients(tensors: list[Tensor]) -> list[Tensor]:
     """Numbers like the tensors' own, with their strides."""
     return [torch.empty_like(t).copy_(t.flip(list(range(t.ndim))) * 3) for t in tensors]
+
+
+def moments(tensors: list[Tensor]) -> list[Tensor]:
+    """Numbers >= 0 like the tensors' own, with their strides."""
+    return [g.abs_() for g in old_gradients(tensors)]
 
 
 def flat(tensors: list[Tensor]) -> Tensor:

@@ -117,6 +117,26 @@ def test_given_gradients(look_at):
     assert (shown.tensors, shown.gradients) == (at(*w), at(*grads))
 
 
+def test_moments(look_at):
+    """Of the tensor's dtype or float32, or none; others are the caller's, and rows that overlap."""
+    memory = torch.ones(5)
+    w = [torch.ones(4, 6, dtype=torch.bfloat16) for _ in range(5)] + [memory[:3], memory[2:]]
+    beside = [t.clone() for t in w]
+    beside[1] = beside[1].float()
+    beside[2] = None
+    beside[3] = beside[3].t().contiguous().t()
+    beside[4] = beside[4].half()
+    look = look_at(w)
+    for _ in range(2):
+        shown = look.with_moments(w, beside)
+        assert shown.tensors == at(*w[:3], None, None, None, None)
+        assert shown.moments == at(*beside[:3], None, None, None, None)
+        assert (shown.float32, sorted(shown.others)) == (bytes([0, 1, 0, 0, 0, 0, 0]), [3, 4, 5, 6])
+    for bad in (torch.ones(6, 4), torch.ones(4, 6, device="meta"), torch._neg_view(w[0].clone())):
+        with pytest.raises(ValueError, match="row 0"):
+            look.with_moments(w, [bad, *beside[1:]])
+
+
 MISMATCHES = {
     "dtype": torch.zeros(4, 6).double(),
     "shape": torch.zeros(6, 4),

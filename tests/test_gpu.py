@@ -13,11 +13,12 @@ import oracle
 import pytest
 import torch
 from cases import fill
-from swept import ON_CPU, ON_GPU, Place, each, flat, mixed
+from swept import ON_CPU, ON_GPU, Place, each, flat, mixed, moments
 from torch import Tensor, nn
 
 import pyreg
 from pyreg.backend.triton import interpreted
+from pyreg.metric import Metric
 from pyreg.penalties import Penalty
 from pyreg.profiling import WORKLOADS, allocate
 
@@ -83,7 +84,9 @@ def close_value(got: Tensor, penalty: Penalty, tensors: list[Tensor]) -> bool:
     return oracle.close(got.item(), oracle.value(penalty, [flat(tensors)]), tolerance)
 
 
-@pytest.mark.parametrize("sweep", ["value", "gradient", "accumulate", "prox", "stats"])
+@pytest.mark.parametrize(
+    "sweep", ["value", "gradient", "accumulate", "prox", "prox_in_metric", "stats"]
+)
 def test_a_sweep_is_one_launch(place, sweep):
     """For every dtype and penalty at once, with no copy or fill beside it."""
     tensors, rules, rule_of = everything(place)
@@ -91,11 +94,15 @@ def test_a_sweep_is_one_launch(place, sweep):
     backend, pack, grads = sweeps.backend, sweeps.pack, [torch.zeros_like(t) for t in tensors]
     for t, g in zip(tensors, grads, strict=True):
         t.grad = g
+    metrics = [Metric(m, 0.3, 1.0, 0.1) for m in moments(tensors)]
+    if sweep == "prox_in_metric" and place.backend != "triton":
+        pytest.skip("native CUDA does it tensor by tensor yet")
     run = {
         "value": lambda: backend.value(pack, tensors, rules),
         "gradient": lambda: backend.gradient(pack, tensors, grads, rules, 0.5),
         "accumulate": lambda: backend.accumulate(pack, tensors, rules, 0.5),
         "prox": lambda: backend.prox(pack, tensors, rules, 0.5),
+        "prox_in_metric": lambda: backend.prox_in_metric(pack, tensors, metrics, rules),
         "stats": lambda: backend.stats(pack, tensors),
     }[sweep]
     run()
@@ -130,6 +137,30 @@ def test_twenty_thousand_tensors(place):
     table = reg.stats().table
     assert oracle.close(table[:, 0].sum().item(), storage.double().abs().sum().item(), 1e-6)
     assert table[:, 3].sum().item() == (storage == 0).sum().item()
+
+
+def test_a_captured_prox_in_a_metric_sees_new_numbers(place):
+    """CUDA graph: numbers on the device are read anew by every replay; nothing waits for them."""
+    tensors = [fill((300 + i,), torch.float32, place.device, f"metric{i}") for i in range(3)]
+    before, beside = [t.clone() for t in tensors], moments(tensors)
+    numerator = torch.tensor(0.1, device=on(place))
+    sweeps = place.sweeps(tensors, [pyreg.L1(0.5)])
+
+    def step() -> None:
+        metrics = [Metric(m, numerator, 1.5, 0.1) for m in beside]
+        sweeps.backend.prox_in_metric(sweeps.pack, tensors, metrics, sweeps.rules)
+
+    step()
+    with device.no_waiting(on(place)):
+        step()
+    replay = device.capture(on(place), step)
+    for number in (0.2, 0.7):
+        numerator.fill_(number)
+        torch._foreach_copy_(tensors, before)
+        replay()
+        steps = torch.cat([numerator / (1.5 * m.sqrt() + 0.1) for m in beside])
+        expected = pyreg.L1(0.5).prox(flat(before), steps)
+        torch.testing.assert_close(flat(tensors), expected, rtol=2**-20, atol=2**-20)
 
 
 def test_more_than_2_to_31_elements(gpu, place):

@@ -14,10 +14,12 @@ import oracle
 import pytest
 import torch
 from cases import CHUNK, DTYPES, REGULAR, differentiable, fill, penalties
-from swept import flat, mixed, old_gradients
+from swept import flat, mixed, moments, old_gradients
 
 import pyreg
+from pyreg.backend.torch import apply_prox_in_metric
 from pyreg.backend.triton import interpreted
+from pyreg.metric import Metric
 from pyreg.penalties import Penalty
 from pyreg.reference import FORMULAS
 
@@ -103,6 +105,43 @@ def test_prox(place, dtype, case):
         assert step > 0 or torch.equal(got, w)
 
 
+METRICS = {
+    "moments": lambda m: Metric(m, 0.05, 1.5, 1e-3),
+    "float32 moments": lambda m: Metric(m.float(), 0.3, 0.7, 0.1),
+    "without a root": lambda m: Metric(m, 0.3, 1.0, 0.5, root=False),
+    "without moments": lambda m: Metric(None, 0.3),
+}
+
+
+@CASE
+@DTYPE
+def test_prox_in_metric(place, dtype, case):
+    """Every element's own step, within oracle.prox's tolerance; the value of the new weights."""
+    tensors = case.build(dtype, place.device)
+    w, before, beside = flat(tensors), [t.clone() for t in tensors], moments(tensors)
+    served = list(filter(place.serves, PENALTIES))
+    combinations = itertools.product(served, METRICS)
+    if interpreted():  # one each
+        combinations = zip(served, itertools.cycle(METRICS), strict=False)
+    every = {kind: [make(m) for m in beside] for kind, make in METRICS.items()}
+    steps = {
+        kind: metrics[0].numerator
+        if metrics[0].moment is None
+        else oracle.metric_step(metrics[0]._replace(moment=flat([m.moment for m in metrics])))
+        for kind, metrics in every.items()
+    }
+    for penalty, kind in combinations:
+        torch._foreach_copy_(tensors, before)
+        metrics, step = every[kind], steps[kind]
+        exact, tolerance = oracle.prox(penalty, w, step)
+        value = place.sweeps(tensors, [penalty]).prox_in_metric(metrics)
+        got = flat(tensors)
+        assert ((got.double() - exact).abs() <= tolerance).all(), (penalty, kind)
+        assert oracle.is_minimal(penalty, w, step, got), (penalty, kind)
+        expected = oracle.value(penalty, [got])
+        assert oracle.close(value, expected, oracle.value_tolerance(tensors, penalty))
+
+
 @CASE
 @DTYPE
 def test_stats(place, dtype, case):
@@ -165,10 +204,49 @@ def test_mixed_dtypes_and_penalties_in_one_call(place):
     for g, h, one in zip(grads, own, alone, strict=True):
         one.accumulate([h])
         assert oracle.same(g, h)
+    kinds = itertools.cycle(METRICS.values())
+    metrics = [kind(m) for kind, m in zip(kinds, moments(tensors), strict=False)]
+    value = together.prox_in_metric(metrics)
+    parts = [one.prox_in_metric([metric]) for one, metric in zip(alone, metrics, strict=True)]
+    assert oracle.close(value, math.fsum(parts), 2 * tolerance)
     together.prox(0.3)
     for t, one in zip(tensors, alone, strict=True):
         one.prox(0.3)
         assert oracle.same(t, one.tensors[0])
+
+
+def test_numbers_of_a_metric_may_be_tensors(place):
+    """As an optimizer keeps them that a CUDA graph captures: the same bits."""
+    tensors = [fill((40 + i,), torch.float32, place.device, f"numbers{i}") for i in range(4)]
+    beside, results = moments(tensors), []
+    for of in (float, lambda x: torch.tensor(x, dtype=torch.float64, device=place.device)):
+        metrics = [Metric(m, of(0.3), of(1.5) if i else 0.7, 0.1) for i, m in enumerate(beside)]
+        metrics[2] = Metric(None, of(0.2))
+        sweeps = place.sweeps([t.clone() for t in tensors], [pyreg.L1(0.5)])
+        results.append((sweeps.prox_in_metric(metrics), flat(sweeps.tensors)))
+    assert results[0][0] == results[1][0]
+    assert oracle.same(results[0][1], results[1][1])
+
+
+def test_rows_that_a_prox_in_a_metric_leaves_to_the_formulas(place):
+    """Moments of other strides and of another dtype, rows that share memory: as each row alone.
+
+    Within a few roundings of numbers below 2.
+    """
+    memory = fill((60,), torch.float32, place.device, "shared")
+    w = [fill((4, 6), torch.float32, place.device, f"left{i}") for i in range(3)]
+    w += [memory[:40], memory[30:]]
+    beside = moments(w)
+    beside[0] = beside[0].t().contiguous().t()
+    beside[1] = beside[1].half()
+    metrics = [Metric(m, 0.3, 1.0, 0.5) for m in beside]
+    expected = [t.clone() for t in (*w[:3], memory)]
+    for t, m in zip((*expected[:3], expected[3][:40], expected[3][30:]), metrics, strict=True):
+        apply_prox_in_metric(pyreg.L1(0.5), t, m)
+    value = place.sweeps(w, [pyreg.L1(0.5)]).prox_in_metric(metrics)
+    torch.testing.assert_close(flat([*w[:3], memory]), flat(expected), rtol=2**-22, atol=2**-24)
+    if place.backend == "triton":
+        assert oracle.close(value, oracle.value(pyreg.L1(0.5), w), 1e-6)
 
 
 def test_sums_are_per_rule(place):
@@ -198,7 +276,7 @@ def test_rows_without_a_gradient_are_left_out(place):
 
 @DTYPE
 def test_nothing_is_written_next_to_a_row(place, dtype):
-    """Sentinels on both sides of each row survive gradient, accumulate and prox."""
+    """Sentinels on both sides of each row survive gradient, accumulate and both proxes."""
     for n in (1, 17, 255, 257, CHUNK + 1):
         memory = [torch.full((n + 200,), 5.0, dtype=dtype, device=place.device) for _ in range(2)]
         w, g = (m[101 : 101 + n] for m in memory)
@@ -211,3 +289,7 @@ def test_nothing_is_written_next_to_a_row(place, dtype):
             assert (m[101 + n :] == 5).all()
         assert (g == 2 * (0.25 + 0.5 * 5)).all()
         assert (w == (5 - 0.25) / 1.5).all() or dtype != torch.float64
+        moment = torch.ones(n + 1, dtype=dtype, device=place.device)[1:]
+        sweeps.prox_in_metric([Metric(moment, 1.0, 1.0, 1.0)])
+        assert (memory[0][:101] == 5).all()
+        assert (memory[0][101 + n :] == 5).all()

@@ -50,6 +50,7 @@ def sweep_all(sizes, offset):
     made.gradient(w, g, strengths, 1.0)
     made.accumulate(w, g, strengths, 1.0)
     made.prox(w, strengths, 0.1)
+    made.prox_in_metric(w, g, bytes(2), strengths, bytes(64))
     made.stats(w)
 
 sweep_all((5000, 4096), 0)
@@ -61,6 +62,6 @@ print(len(first), len(kept), len(set(map(id, kept))), type(kept[0]).__name__)
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton here")
 def test_operands_bind_and_sizes_compile_nothing_anew(run_python, tmp_path, monkeypatch):
-    """Five sweeps, five kernels: other sizes, grids and alignments find the same ones."""
+    """Six sweeps, six kernels: other sizes, grids and alignments find the same ones."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    assert run_python(CHILD).split() == ["5", "10", "5", "CompiledKernel"]
+    assert run_python(CHILD).split() == ["6", "12", "6", "CompiledKernel"]

@@ -25,6 +25,7 @@ SWEEPS = {  # 16-byte loads and stores of a thread in one chunk of 8 KiB
     "gradient": (4, 4),
     "accumulate": (8, 4),
     "prox": (4, 4),
+    "prox_in_metric": (8, 4),
     "stats": (4, 0),
 }
 
@@ -46,9 +47,10 @@ def compile_all(target):
     facts = {}
     for sweep, dtype, penalty in KERNELS:
         used = "l1" if sweep == "stats" else penalty
-        totals = sweep in ("value", "accumulate", "stats")
+        totals = sweep not in ("gradient", "prox")
+        own = getattr(torch, dtype)
         constants = launch.constants(
-            5 if sweep == "stats" else 2, [(getattr(torch, dtype), used)], [used]
+            5 if sweep == "stats" else 2, [launch.Kind(own, used, own)], [used]
         )
         constants["SWEEP"] = sweep
         types = dict.fromkeys(sweeps.sweep.arg_names, "*i64")

@@ -17,6 +17,7 @@ from .penalties import PENALTIES
 INTERPRETED = sweeps.INTERPRETED.value
 CHUNK = sweeps.CHUNK.value
 THREADS = sweeps.THREADS.value
+METRIC = sweeps.METRIC.value
 DTYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -27,8 +28,23 @@ PARTIALS = 16384  # numbers aimed at: 128 KiB; many groups take at most twice th
 # Registers of a thread on NVIDIA, at which no sweep spills. They say how many programs a
 # multiprocessor (65,536 registers) runs at a time, which is the grid: a second wave would leave
 # most of the device idle at the end.
-REGISTERS = {"value": 96, "gradient": 96, "prox": 96, "accumulate": 128, "stats": 128}
+REGISTERS = {
+    "value": 96,
+    "gradient": 96,
+    "prox": 96,
+    "accumulate": 128,
+    "prox_in_metric": 128,
+    "stats": 128,
+}
 PROGRAMS_ON_ROCM = 8
+
+
+class Kind(NamedTuple):
+    """What a row is compiled for."""
+
+    dtype: torch.dtype
+    penalty: str
+    beside: torch.dtype  # of its gradient or moment
 
 
 class Cut(NamedTuple):
@@ -128,11 +144,14 @@ class Table:
         return self._data
 
 
-class Addresses:
-    """The addresses of a list of tensors, copied to the device when one is another."""
+class Latest:
+    """Numbers of 8 bytes in device memory, copied there when one is another than at the last call.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    `changed` says in an error what it means that one is.
+    """
+
+    def __init__(self, device: torch.device, changed: str) -> None:
+        self._device, self._changed = device, changed
         self._numbers = b""
         self._table: Table | None = None
         self._captured: list[Table] = []
@@ -140,9 +159,7 @@ class Addresses:
     def on(self, queue: Queue, numbers: bytes) -> Tensor:
         if self._table is None or numbers != self._numbers:
             if queue.capturing:
-                raise _warm_up(
-                    "a tensor is new or has moved" if self._table else "there is no table yet"
-                )
+                raise _warm_up(self._changed if self._table else "there is no table yet")
             host = torch.frombuffer(bytearray(numbers), dtype=torch.int64)
             self._table = Table(host, self._device, queue)
             self._numbers = numbers
@@ -159,7 +176,7 @@ class Plan:
         device: torch.device,
         cut: Cut,
         columns: int,
-        kinds: list[tuple[torch.dtype, str]],
+        kinds: list[Kind],
         names: list[str],
     ) -> None:
         self._device = device
@@ -229,13 +246,14 @@ class Plan:
         return self._scratch[queue.key]
 
 
-def constants(columns: int, kinds: list[tuple[torch.dtype, str]], names: list[str]) -> dict:
+def constants(columns: int, kinds: list[Kind], names: list[str]) -> dict:
     """What a kernel is compiled for, SWEEP apart: the dtypes and penalties that occur."""
     used = [PENALTIES[name] for name in names]
     return {
         "COLUMNS": columns,
-        "DTYPES": tuple(DTYPES[dtype] for dtype, _ in kinds),
-        "PENALTY_OF": tuple(names.index(name) for _, name in kinds),
+        "DTYPES": tuple(DTYPES[kind.dtype] for kind in kinds),
+        "BESIDE": tuple(DTYPES[kind.beside] for kind in kinds),
+        "PENALTY_OF": tuple(names.index(kind.penalty) for kind in kinds),
         "SUMS": tuple(p.sums for p in used),
         "TERMS": tuple(p.term for p in used),
         "VALUES": tuple(p.value for p in used),

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .launch import DTYPES, INTERPRETED, Addresses, Plan, Queue, Row, current, cut
+from .launch import DTYPES, INTERPRETED, METRIC, Kind, Latest, Plan, Queue, Row, current, cut
 from .penalties import PENALTIES
 
 MINIMUM_TRITON = (3, 4)  # an earlier one cannot index a tuple in a compiled kernel
@@ -55,20 +55,38 @@ class Layout:
                 raise ValueError(f"expected a penalty of {[*PENALTIES]}, got {name!r}")
         self.device = tensors[0].device if tensors else torch.device("cpu")
         self.rules = len(penalties)
-        dtypes, numels = [t.dtype for t in tensors], list(map(Tensor.numel, tensors))
+        self._dtypes, self._numels = [t.dtype for t in tensors], list(map(Tensor.numel, tensors))
+        self._rule_of, self._penalties = rule_of, penalties
         self._number = len(tensors)
-        self._value_dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-        self._addresses = {of: Addresses(self.device) for of in ("w", "w of prox", "g")}
+        self._value_dtype = torch.float64 if torch.float64 in self._dtypes else torch.float32
+        self._addresses = {
+            of: Latest(self.device, "a tensor is new or has moved")
+            for of in ("w", "w of a prox", "g", "moments")
+        }
+        self._metrics = Latest(self.device, "a number of a metric has changed")
         self._numbers: dict[tuple[int, str], tuple[float, Tensor]] = {}
         if tensors:
             _check_usable(self.device)
+        self._by_rule = self._plan_by_rule(self._dtypes)
+        self._in_metric: dict[bytes, Plan] = {}
+        known = list(dict.fromkeys(self._dtypes))
+        rows = [
+            Row(t, n, known.index(t), i, i)
+            for i, (t, n) in enumerate(zip(self._dtypes, self._numels, strict=True))
+        ]
+        by_row = cut(rows, [0] * len(rows), 5)
+        self._by_row = Plan(self.device, by_row, 5, [Kind(t, "l1", t) for t in known], ["l1"])
 
-        kinds = [(t, penalties[rule]) for t, rule in zip(dtypes, rule_of, strict=True)]
-        names = list(dict.fromkeys(penalties))
+    def _plan_by_rule(self, beside: list[torch.dtype]) -> Plan:
+        """With the dtype of what lies beside each tensor: its gradient or moment."""
+        penalties = [self._penalties[rule] for rule in self._rule_of]
+        kinds = list(map(Kind, self._dtypes, penalties, beside))
         index = {kind: k for k, kind in enumerate(dict.fromkeys(kinds))}
         rows = [
-            Row(kind[0], n, index[kind], rule, i)
-            for i, (n, kind, rule) in enumerate(zip(numels, kinds, rule_of, strict=True))
+            Row(kind.dtype, n, index[kind], rule, i)
+            for i, (n, kind, rule) in enumerate(
+                zip(self._numels, kinds, self._rule_of, strict=True)
+            )
             if n > 0
         ]
         rows += [
@@ -76,16 +94,9 @@ class Layout:
             for rule in {*range(self.rules)} - {row.group for row in rows}
         ]
         rows.sort(key=attrgetter("group"))
-        by_rule = cut(rows, [names.index(name) for name in penalties], 2)
-        self._by_rule = Plan(self.device, by_rule, 2, list(index), names)
-
-        known = list(dict.fromkeys(dtypes))
-        rows = [
-            Row(t, n, known.index(t), i, i)
-            for i, (t, n) in enumerate(zip(dtypes, numels, strict=True))
-        ]
-        by_row = cut(rows, [0] * len(rows), 5)
-        self._by_row = Plan(self.device, by_row, 5, [(t, "l1") for t in known], ["l1"])
+        names = list(dict.fromkeys(self._penalties))
+        by_rule = cut(rows, [names.index(name) for name in self._penalties], 2)
+        return Plan(self.device, by_rule, 2, list(index), names)
 
     def value(self, w: bytes, strengths: Tensor) -> tuple[Tensor, Tensor]:
         """sum over the rules of Omega(w; strengths), and each rule's sums. Reads N.
@@ -119,6 +130,37 @@ class Layout:
         N."""
         self._sweep(self._by_rule, "prox", w, None, strengths, step)
 
+    def prox_in_metric(
+        self, w: bytes, moments: bytes, float32: bytes, strengths: Tensor, metrics: Tensor | bytes
+    ) -> Tensor:
+        """w = prox(w, step of each element), in place, and the value. Reads 2 N, writes N.
+
+        An element's step is numerator / (factor * root(moment) + offset), and the numerator where
+        there is no moment. Where w is at 0, nothing.
+
+        Args:
+            moments: addresses of tensors like w, 0 for none.
+            float32: of each moment, 1 if it is float32 whatever its tensor is; 0: the same dtype.
+            metrics: float64 [tensors, 4] on the device, or its bytes: numerator, factor, offset,
+                and 1 for a square root or 0 for none.
+
+        Returns:
+            float32 [] (float64 if any tensor is): the value of the new w, without what was left.
+        """
+        if len(float32) != self._number:
+            raise ValueError(f"expected {self._number} flags, got {len(float32)}")
+        if float32 not in self._in_metric:
+            beside = [
+                torch.float32 if flag else own
+                for own, flag in zip(self._dtypes, float32, strict=True)
+            ]
+            own = beside == self._dtypes
+            self._in_metric[float32] = self._by_rule if own else self._plan_by_rule(beside)
+        value, sums = self._totals()
+        plan = self._in_metric[float32]
+        self._sweep(plan, "prox_in_metric", w, moments, strengths, metrics, sums, value)
+        return value
+
     def stats(self, w: bytes) -> Tensor:
         """sum |w|, sum w^2, max |w|, zeros and non-finite numbers of each tensor. Reads N.
 
@@ -141,7 +183,7 @@ class Layout:
         w: bytes,
         g: bytes | None,
         strengths: Tensor,
-        scale: Tensor | float,
+        scale: Tensor | float | bytes,
         out: Tensor | None = None,
         value: Tensor | None = None,
     ) -> None:
@@ -159,12 +201,29 @@ class Layout:
             return
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             queue = current(self.device)
-            tensors = self._addresses["w of prox" if sweep == "prox" else "w"].on(queue, w)
-            gradients = tensors if g is None else self._addresses["g"].on(queue, g)
-            scale = self._in_memory(queue, sweep, scale)
+            in_metric = sweep == "prox_in_metric"
+            writes = in_metric or sweep == "prox"
+            tensors = self._addresses["w of a prox" if writes else "w"].on(queue, w)
+            beside = self._addresses["moments" if in_metric else "g"]
+            gradients = tensors if g is None else beside.on(queue, g)
+            scale = self._metric(queue, scale) if in_metric else self._scale(queue, sweep, scale)
             plan.launch(queue, sweep, tensors, gradients, strengths, scale, out, value)
 
-    def _in_memory(self, queue: Queue, sweep: str, x: Tensor | float) -> Tensor:
+    def _metric(self, queue: Queue, x: Tensor | bytes) -> Tensor:
+        """x in device memory."""
+        expected = (self._number, METRIC)
+        if isinstance(x, Tensor):
+            if (x.dtype, *x.shape) != (torch.float64, *expected) or x.device != self.device:
+                raise ValueError(
+                    f"expected metrics, float64 {list(expected)} on {self.device}, "
+                    f"got {x.dtype} {list(x.shape)} on {x.device}"
+                )
+            return x.contiguous()
+        if len(x) != 8 * self._number * METRIC:
+            raise ValueError(f"expected float64 {list(expected)}, got {len(x)} bytes")
+        return self._metrics.on(queue, x).view(torch.float64)
+
+    def _scale(self, queue: Queue, sweep: str, x: Tensor | float) -> Tensor:
         """x in device memory; a number is written there by the stream itself when it changed."""
         if isinstance(x, Tensor):
             if x.dtype != torch.float64 or x.device != self.device:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .penalties import sign
+from .penalties import divide, sign, square_root
 
 INTERPRETED = tl.constexpr(not isinstance(sign, triton.JITFunction))
 CHUNK = tl.constexpr(8192)  # bytes
@@ -40,6 +40,8 @@ END = tl.constexpr(1)  # slot
 PARTIALS = tl.constexpr(2)  # where its partials begin; only groups of several slots have any
 PENALTY = tl.constexpr(3)
 GROUP_ROW = tl.constexpr(4)
+
+METRIC = tl.constexpr(4)  # numbers of a tensor's metric: numerator, factor, offset, root (0 or 1)
 
 
 @triton.jit
@@ -76,16 +78,20 @@ def _narrow(x, DTYPE: tl.constexpr):
 def _visit(
     w_address,
     g_address,
-    has_grad,
+    has_g,
     begin,
     end,
     n,
     c0,
     c1,
     scale,
+    factor,
+    offset,
+    root,
     SWEEP: tl.constexpr,
     ALIGNED: tl.constexpr,
     DTYPE: tl.constexpr,
+    BESIDE: tl.constexpr,
     COMPUTE: tl.constexpr,
     SUMS: tl.constexpr,
     TERM: tl.constexpr,
@@ -93,6 +99,8 @@ def _visit(
     PROX: tl.constexpr,
 ):
     """One sweep over blocks [begin, end) of n elements; returns its sums, or those of `stats`.
+
+    What lies at g: gradients, or for `prox_in_metric` moments, of dtype BESIDE.
 
     ALIGNED blocks are whole chunks at 16-byte boundaries and move without a mask, 16 bytes at a
     time; others are fewer elements, which need a register each for their masks.
@@ -114,7 +122,7 @@ def _visit(
     for block in range(begin, end):
         at = block * tl.full([], BLOCK, tl.int64)
         w = (w_address + at * BYTES).to(tl.pointer_type(DTYPE))
-        g = (g_address + at * BYTES).to(tl.pointer_type(DTYPE))
+        g = (g_address + at * (BESIDE.primitive_bitwidth // 8)).to(tl.pointer_type(BESIDE))
         if ALIGNED:
             w = tl.multiple_of(w, 16)
             g = tl.multiple_of(g, 16)
@@ -123,7 +131,7 @@ def _visit(
             x = tl.load(w + tile).to(COMPUTE)
         else:
             x = tl.load(w + tile, mask=inside, other=0.0).to(COMPUTE)
-        if SWEEP == "accumulate":
+        if SWEEP == "accumulate" or SWEEP == "prox_in_metric":
             # Here, so that all loads are in flight together.
             if ALIGNED:
                 old = tl.load(g + tile).to(COMPUTE)
@@ -144,7 +152,7 @@ def _visit(
         if SWEEP == "accumulate":
             new = old + scale * GRAD(x, c0, c1)
             # The same for every element of a whole chunk, so that its stores stay whole.
-            written = tl.zeros_like(tile) + has_grad.to(tl.int32) != 0
+            written = tl.zeros_like(tile) + has_g.to(tl.int32) != 0
             if not ALIGNED:
                 written = written & inside
             tl.store(g + tile, _narrow(new, DTYPE), mask=written)
@@ -159,12 +167,25 @@ def _visit(
                 tl.store(target + tile, _narrow(y, DTYPE))
             else:
                 tl.store(target + tile, _narrow(y, DTYPE), mask=inside)
+        if SWEEP == "prox_in_metric":
+            d = tl.where(root, square_root(old), old)
+            step = tl.where(has_g, divide(scale, factor * d + offset), scale)
+            y = _narrow(PROX(x, step, c0, c1), DTYPE)
+            new = y.to(COMPUTE)
+            if ALIGNED:
+                tl.store(w + tile, y)
+            else:
+                tl.store(w + tile, y, mask=inside)
+                new = tl.where(inside, new, 0)
+            sum0 += _by_lane(TERM(new, c0, c1, 0)).to(tl.float64)
+            if SUMS > 1:
+                sum1 += _by_lane(TERM(new, c0, c1, 1)).to(tl.float64)
     total0 = 0.0
     total1 = 0.0
     total2 = 0.0
     total3 = 0.0
     total4 = 0.0
-    if SWEEP == "stats" or SWEEP == "value" or SWEEP == "accumulate":
+    if SWEEP != "gradient" and SWEEP != "prox":
         total0 = tl.sum(sum0)
         if SWEEP == "stats" or SUMS > 1:
             total1 = tl.sum(sum1)
@@ -186,6 +207,7 @@ def _row_part(
     scale,
     SWEEP: tl.constexpr,
     DTYPE: tl.constexpr,
+    BESIDE: tl.constexpr,
     SUMS: tl.constexpr,
     TERM: tl.constexpr,
     GRAD: tl.constexpr,
@@ -200,44 +222,77 @@ def _row_part(
     tensor = tl.load(row + TENSOR)
     w = tl.load(tensors + tensor) + start
     g = w
-    has_grad = True
-    if SWEEP == "accumulate" or SWEEP == "gradient":
+    has_g = True
+    if SWEEP == "accumulate" or SWEEP == "gradient" or SWEEP == "prox_in_metric":
         g = tl.load(gradients + tensor)
-        has_grad = g != 0
-        # Without a gradient, w is read in its place: a mask on the loads would hold them back.
-        g = tl.where(has_grad, g + start, w)
+        has_g = g != 0
+        # Without any, w is read in its place: a mask on the loads would hold them back.
+        g = tl.where(has_g, g + start // BYTES * (BESIDE.primitive_bitwidth // 8), w)
     if SWEEP == "gradient":
-        n = tl.where(has_grad, n, 0)
-    if SWEEP == "prox":
-        n = tl.where(w != start, n, 0)
+        n = tl.where(has_g, n, 0)
+    if SWEEP == "prox" or SWEEP == "prox_in_metric":
+        n = tl.where(w != start, n, 0)  # the tensor is at no address
     c0 = 0.0
     c1 = 0.0
     by = 0.0
+    factor = 0.0
+    offset = 0.0
+    root = False
     if SWEEP != "stats":
         rule = tl.load(row + GROUP)
         c0 = tl.load(strengths + rule * 2).to(COMPUTE)
         c1 = tl.load(strengths + rule * 2 + 1).to(COMPUTE)
     if SWEEP == "accumulate" or SWEEP == "gradient" or SWEEP == "prox":
         by = tl.load(scale).to(COMPUTE)
+    if SWEEP == "prox_in_metric":
+        numbers = scale + tensor * METRIC
+        by = tl.load(numbers).to(COMPUTE)
+        factor = tl.load(numbers + 1).to(COMPUTE)
+        offset = tl.load(numbers + 2).to(COMPUTE)
+        root = tl.load(numbers + 3) != 0
     whole = tl.where((w | g) % 16 == 0, n // ELEMENTS, 0).to(tl.int32)
     a0, a1, a2, a3, a4 = _visit(
-        w, g, has_grad, 0, whole, n, c0, c1, by, SWEEP, True, DTYPE, COMPUTE, SUMS, TERM, GRAD, PROX
+        w,
+        g,
+        has_g,
+        0,
+        whole,
+        n,
+        c0,
+        c1,
+        by,
+        factor,
+        offset,
+        root,
+        SWEEP,
+        True,
+        DTYPE,
+        BESIDE,
+        COMPUTE,
+        SUMS,
+        TERM,
+        GRAD,
+        PROX,
     )
     begin = whole * UNALIGNED_BLOCKS
     end = tl.cdiv(n, ELEMENTS // UNALIGNED_BLOCKS).to(tl.int32)
     b0, b1, b2, b3, b4 = _visit(
         w,
         g,
-        has_grad,
+        has_g,
         begin,
         end,
         n,
         c0,
         c1,
         by,
+        factor,
+        offset,
+        root,
         SWEEP,
         False,
         DTYPE,
+        BESIDE,
         COMPUTE,
         SUMS,
         TERM,
@@ -343,12 +398,12 @@ def _count(counter, done, of):
     ],
 )
 def sweep(
-    tensors,  # int64 [tensors] addresses, 0 for what `prox` leaves out
-    gradients,  # int64 [tensors] addresses, 0 for none
+    tensors,  # int64 [tensors] addresses, 0 for what a prox leaves out
+    gradients,  # int64 [tensors] addresses, 0 for none; for `prox_in_metric` of moments
     rows,  # int64 [n_rows + 1, 5]
     groups,  # int64 [n_groups, 4]
     strengths,  # float64 [n_groups, 2]
-    scale,  # float64: what gradients are multiplied by, or the step of `prox`
+    scale,  # float64: what gradients are multiplied by, or the step of `prox`; or [tensors, METRIC]
     out,  # float64 [n_groups, COLUMNS]
     value,  # float32 or float64
     partials,  # float64 [slots of groups that have several, COLUMNS]
@@ -360,6 +415,7 @@ def sweep(
     SWEEP: tl.constexpr,
     COLUMNS: tl.constexpr,
     DTYPES: tl.constexpr,  # of each kind of row
+    BESIDE: tl.constexpr,  # of each kind of row, the dtype of its gradient or moment
     PENALTY_OF: tl.constexpr,  # of each kind of row: an index into the following
     SUMS: tl.constexpr,
     TERMS: tl.constexpr,
@@ -369,10 +425,11 @@ def sweep(
     SOURCES: tl.constexpr,
 ):
     """One SWEEP over all rows. value, stats: reads N. gradient, prox: reads N, writes N.
-    accumulate: reads 2 N, writes N.
+    accumulate: reads 2 N, writes N. prox_in_metric: the same where moments are as wide as weights.
 
     Each program takes a contiguous share of the slots: one binary search, then increments.
     """
+    TOTALS: tl.constexpr = SWEEP != "gradient" and SWEEP != "prox"
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     begin = program * slots // programs
@@ -388,7 +445,7 @@ def sweep(
         s3 = tl.full([], 0, tl.float64)
         s4 = tl.full([], 0, tl.float64)
         into = out
-        if SWEEP == "value" or SWEEP == "accumulate" or SWEEP == "stats":
+        if TOTALS:
             into = _place(
                 out, partials, groups, tl.load(rows + row * ROW + GROUP).to(tl.int32), slot, COLUMNS
             )
@@ -408,6 +465,7 @@ def sweep(
                         scale,
                         SWEEP,
                         DTYPES[k],
+                        BESIDE[k],
                         SUMS[PENALTY_OF[k]],
                         TERMS[PENALTY_OF[k]],
                         GRADS[PENALTY_OF[k]],
@@ -421,7 +479,7 @@ def sweep(
             # A row that goes on in the next slot stays the current one.
             row = tl.where(after <= stop, row + 1, row)
             chunk = after
-        if SWEEP == "value" or SWEEP == "accumulate" or SWEEP == "stats":
+        if TOTALS:
             tl.store(into, s0)
             tl.store(into + 1, s1)
         if SWEEP == "stats":
@@ -429,7 +487,7 @@ def sweep(
             tl.store(into + 2, tl.where(s0 == s0, s2, s0))
             tl.store(into + 3, s3)
             tl.store(into + 4, s4)
-    if SWEEP == "value" or SWEEP == "accumulate" or SWEEP == "stats":
+    if TOTALS:
         finished = 0
         slot = begin
         while slot < end:

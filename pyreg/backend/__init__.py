@@ -16,6 +16,6 @@ A backend has
     there is one; how many there were;
   - `prox(pack, tensors, rules, step)`: in place;
   - `prox_in_metric(pack, tensors, metrics, rules) -> value`: in place, with a step of its own for
-    each element; the value of the new weights. Several launches on a GPU, not yet one;
+    each element; the value of the new weights. Native CUDA does it tensor by tensor yet;
   - `stats(pack, tensors)`: [rows, 5] float64, the columns of `reference.stats`.
 """

@@ -1,4 +1,4 @@
-"""Where tensors and their gradients lie: a look at each at every call, for sweeps in Triton.
+"""Where tensors, gradients and moments lie: a look at each at every call, for sweeps in Triton.
 
 Compiled (csrc/look.h) where the compiled module is there, else in Python; both compare every tensor
 with what the pack recorded, and ask for the storage of one that moved. Addresses are int64 numbers
@@ -9,7 +9,7 @@ for a row that the caller must see to, which is then in `others`.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -37,6 +37,15 @@ class Shown(NamedTuple):
     alive: list[Tensor | None]
 
 
+class Beside(NamedTuple):
+    """The tensors of one call and what lies beside each: an optimizer's moment, or nothing."""
+
+    tensors: bytes
+    moments: bytes
+    float32: bytes  # of each moment, whether (1) it is float32 and not its tensor's dtype
+    others: list[int]  # rows that share memory, or whose moment has other strides or another dtype
+
+
 class CompiledLook:
     def __init__(self, pack: Pack, tensors: list[Tensor]) -> None:
         self._native = load()
@@ -48,6 +57,9 @@ class CompiledLook:
     def separate_tensors(self, tensors: list[Tensor]) -> tuple[bytes, list[int]]:
         """`others`: rows that share memory with another row."""
         return self._ask("separate_tensors", tensors)
+
+    def with_moments(self, tensors: list[Tensor], moments: list[Tensor | None]) -> Beside:
+        return Beside(*self._ask("with_moments", tensors, moments))
 
     def with_gradients(self, tensors: list[Tensor], grads: list[Tensor | None]) -> Any:
         return self._ask("with_gradients", tensors, grads)
@@ -78,6 +90,22 @@ class PythonLook:
     def separate_tensors(self, tensors: list[Tensor]) -> tuple[bytes, list[int]]:
         seen = self._look(tensors)
         return seen.without(seen.overlapping), seen.overlapping
+
+    def with_moments(self, tensors: list[Tensor], moments: list[Tensor | None]) -> Beside:
+        seen = self._look(tensors)
+        others, flags = {*seen.overlapping}, bytearray(len(tensors))
+        for i, (t, m) in enumerate(zip(tensors, moments, strict=True)):
+            if m is None:
+                continue
+            if m.shape != t.shape or m.device != t.device or m.is_neg() or is_freed(m):
+                raise ValueError(f"row {i}: a moment unlike its tensor")
+            if m.stride() != t.stride() or m.dtype not in (t.dtype, torch.float32):
+                others.add(i)
+            flags[i] = m.dtype != t.dtype
+        for i in others:
+            flags[i] = 0
+        beside = [None if i in others else m for i, m in enumerate(moments)]
+        return Beside(seen.without(others), _addresses(beside), bytes(flags), sorted(others))
 
     def with_gradients(self, tensors: list[Tensor], grads: list[Tensor | None]) -> Shown:
         w = self._look(tensors).addresses
@@ -128,7 +156,7 @@ class _Seen:
             there = [t for t in tensors if t is not None]
         return self._alike(there) and _addresses(tensors) == self.addresses
 
-    def without(self, rows: list[int]) -> bytes:
+    def without(self, rows: Collection[int]) -> bytes:
         if not rows:
             return self.addresses
         addresses = array("q", self.addresses)

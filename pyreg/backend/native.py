@@ -130,8 +130,9 @@ class NativeBackend:
             [m.root for m in metrics],
             self._strengths(rules),
         )
-        for i in dict.fromkeys(others):
+        for i in others:
             apply_prox_in_metric(pack.penalty(i, rules), tensors[i], metrics[i])
+        for i in others:
             value += pack.penalty(i, rules).value(tensors[i]).item()
         torch.autograd.graph.increment_version(tensors)
         return torch.tensor(value, dtype=torch.float64, device=pack.device)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import os
+from array import array
 from collections.abc import Sequence
 from functools import cache
+from itertools import groupby
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from ..metric import Metric, Number
 from ..pack import Pack
 from ..penalties import Penalty, stack_strengths
 from .addresses import look_at
-from .torch import TorchBackend, add_gradient, apply_prox
+from .torch import add_gradient, apply_prox, apply_prox_in_metric
 
 
 @cache
@@ -127,7 +130,29 @@ class TritonBackend:
             apply_prox(pack.penalty(i, rules), tensors[i], step)
         torch.autograd.graph.increment_version(tensors)
 
-    prox_in_metric = TorchBackend.prox_in_metric
+    def prox_in_metric(
+        self,
+        pack: Pack,
+        tensors: list[Tensor],
+        metrics: Sequence[Metric],
+        rules: Sequence[Penalty],
+    ) -> Tensor:
+        state = self._state(pack, tensors)
+        shown = state.look.with_moments(tensors, [m.moment for m in metrics])
+        value = state.layout.prox_in_metric(
+            shown.tensors,
+            shown.moments,
+            shown.float32,
+            self._strengths(state, pack, rules),
+            _numbers(metrics, pack.device),
+        )
+        for i in shown.others:
+            apply_prox_in_metric(pack.penalty(i, rules), tensors[i], metrics[i])
+        torch.autograd.graph.increment_version(tensors)
+        with torch.no_grad():
+            for i in shown.others:
+                value += pack.penalty(i, rules).value(tensors[i])
+        return value
 
     def stats(self, pack: Pack, tensors: list[Tensor]) -> Tensor:
         state = self._state(pack, tensors)
@@ -180,3 +205,24 @@ def _uploaded(rules: Sequence[Penalty], device: torch.device) -> Tensor:
 
 def _on_device(x: float | Tensor, pack: Pack) -> float | Tensor:
     return x.detach().to(pack.device, torch.float64) if isinstance(x, Tensor) else float(x)
+
+
+def _numbers(metrics: Sequence[Metric], device: torch.device) -> Tensor | bytes:
+    """[rows, 4] float64: numerator, factor, offset, root; on the device if any number is."""
+    rows = [(m.numerator, m.factor, m.offset, float(m.root)) for m in metrics]
+    if any(isinstance(x, Tensor) for row in rows for x in row):
+        with torch.no_grad():
+            return torch.stack([_column(c, device) for c in zip(*rows, strict=True)], dim=1)
+    return array("d", [x for row in rows for x in row]).tobytes()
+
+
+def _column(numbers: Sequence[Number], device: torch.device) -> Tensor:
+    """Floats are filled in, not copied from the host, which a CUDA graph could not replay."""
+
+    def part(x: float | None, run: list[Number]) -> Tensor:
+        if x is None:
+            return torch.stack(run).to(device, torch.float64)
+        return torch.full((len(run),), x, dtype=torch.float64, device=device)
+
+    runs = groupby(numbers, key=lambda x: None if isinstance(x, Tensor) else x)
+    return torch.cat([part(x, list(run)) for x, run in runs])
