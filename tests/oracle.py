@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyreg.metric import Metric
 from pyreg.penalties import Penalty
 from pyreg.reference import FORMULAS, compute_dtype
 
@@ -108,8 +109,12 @@ def agrees(
     return bool((near | (got == expected) | (got.isnan() & expected.isnan())).all())
 
 
-def prox(penalty: Penalty, w: Tensor, step: float) -> tuple[Tensor, Tensor]:
-    """(the float64 prox, absolute tolerance per element).
+def _step(step: float | Tensor, w: Tensor) -> float | Tensor:
+    return step if isinstance(step, Tensor) else rounded(step, w.dtype)
+
+
+def prox(penalty: Penalty, w: Tensor, step: float | Tensor, more: int = 0) -> tuple[Tensor, Tensor]:
+    """(the float64 prox, absolute tolerance per element), at a step that is off by `more` u.
 
     fl(step * strength) is step * strength with a step that is off by u relative, and 1 + 2 step l2
     by another u: both move the result monotonically, so proxes at step (1 +- 2u) enclose them (4u,
@@ -119,15 +124,16 @@ def prox(penalty: Penalty, w: Tensor, step: float) -> tuple[Tensor, Tensor]:
     dtype (its own u, or half of the smallest number). Where the prox jumps, any point of the jump
     is within the tolerance: see `is_minimal`.
     """
-    strengths, t = _strengths(penalty, w.dtype), rounded(step, w.dtype)
+    strengths, t = _strengths(penalty, w.dtype), _step(step, w)
     formula, x = FORMULAS[penalty.name].prox, w.detach().double()
     c, own = compute_dtype(w.dtype), w.dtype
     u = unit_roundoff(c)
     exact = formula(x, t, *strengths)
-    error = (8 if penalty.name == "l_half" else 4) * u * t + (
+    error = ((8 if penalty.name == "l_half" else 4) + more) * u * t + (
         smallest(c) / strengths[0] if strengths[0] > 0 else 0
     )
-    near, far = formula(x, max(t - error, 0), *strengths), formula(x, t + error, *strengths)
+    low = (t - error).clamp_min(0) if isinstance(t, Tensor) else max(t - error, 0)
+    near, far = formula(x, low, *strengths), formula(x, t + error, *strengths)
     spread = (near - far).abs()
     if penalty.name not in ("l1", "l2", "elastic_net"):
         for k in range(len(strengths)):
@@ -139,23 +145,59 @@ def prox(penalty: Penalty, w: Tensor, step: float) -> tuple[Tensor, Tensor]:
     return exact, spread + 1.01 * by_result * exact.abs() + smallest(own)  # 1 %: second order
 
 
-def is_minimal(penalty: Penalty, w: Tensor, step: float, got: Tensor) -> bool:
+def is_minimal(
+    penalty: Penalty, w: Tensor, step: float | Tensor, got: Tensor, more: int = 0
+) -> bool:
     """step * Omega(u) + (u - w)^2 / 2 is at `got` what it is at the prox, so that of two minimisers
     either will do.
 
     For penalties that are concave on each side of 0: an error e of `got` costs <= e^2 / 2. Step and
-    strengths that are off by 8 u, in all, move the objective (<= w^2 / 2) by 8 u of it at each end.
+    strengths that are off by 8 u (and `more`), in all, move the objective (<= w^2 / 2) by 8 u of it
+    at each end.
     """
     if penalty.name not in ("l0", "l_half", "log_sum", "mcp", "scad") or w.numel() == 0:
         return True
-    strengths, t = _strengths(penalty, w.dtype), rounded(step, w.dtype)
+    strengths, t = _strengths(penalty, w.dtype), _step(step, w)
     own, x, found = type(penalty)(*strengths), w.detach().double(), got.detach().double()
     omega = torch.func.vmap(own.value)
     exact = own.prox(x, t)
     cost, least = (t * omega(p) + (p - x) ** 2 / 2 for p in (found, exact))
     u, rounding = unit_roundoff(compute_dtype(w.dtype)), unit_roundoff(w.dtype)
-    bound = (16 * u + rounding**2) * x**2 + smallest(w.dtype) ** 2 + t * strengths[0] * 2**-149
+    bound = ((16 + more) * u + rounding**2) * x**2 + smallest(w.dtype) ** 2
+    bound = bound + t * strengths[0] * 2**-149
     return bool((((cost - least) <= bound) | ~x.isfinite()).all())
+
+
+# A step in a metric: the root, the product, the sum and the quotient, 1 u each. A ratio form
+# rounds a product by q and a sum with q besides (2 u), which elastic net, MCP and SCAD may have to
+# difference: an error of u (q |w|) is one of u step and u |result| where they differ by step.
+IN_METRIC = 8
+
+
+def prox_in_metric(
+    penalty: Penalty, w: Tensor, metric: Metric
+) -> tuple[Tensor, Tensor, float | Tensor]:
+    """(the float64 prox, absolute tolerance per element, the float64 steps).
+
+    The numbers of the metric are rounded to the compute dtype, as strengths are. A step is capped
+    by the least q, the smallest normal number. Elastic net's q |w| may underflow, and is divided by
+    q + 2 numerator l2.
+    """
+    numbers = (rounded(x, w.dtype) for x in (metric.numerator, metric.factor, metric.offset))
+    numerator, factor, offset = numbers
+    if metric.moment is None:
+        steps = numerator
+    else:
+        d = metric.moment.double()
+        d = d.sqrt() if metric.root else d
+        least = torch.finfo(compute_dtype(w.dtype)).tiny
+        steps = numerator / (factor * d + offset).clamp_min(least)
+    exact, tolerance = prox(penalty, w, steps, IN_METRIC)
+    if penalty.name == "elastic_net":
+        tolerance = tolerance + smallest(compute_dtype(w.dtype)) / (
+            numerator * (1 / steps + 2 * penalty.strengths[1])
+        )
+    return exact, tolerance, steps
 
 
 def same(a: Tensor, b: Tensor) -> bool:

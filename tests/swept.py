@@ -13,6 +13,7 @@ from torch import Tensor
 from pyreg import pack
 from pyreg.backend.triton import interpreted
 from pyreg.dispatch import backend as backend_by_name
+from pyreg.metric import Metric
 from pyreg.penalties import Penalty
 
 
@@ -61,6 +62,9 @@ class Sweeps:
 
     def prox(self, step: float) -> None:
         self.backend.prox(self.pack, self.tensors, self.rules, step)
+
+    def prox_in_metric(self, metrics: list[Metric]) -> float:
+        return float(self.backend.prox_in_metric(self.pack, self.tensors, metrics, self.rules))
 
     def stats(self) -> Tensor:
         return self.backend.stats(self.pack, self.tensors)

@@ -18,6 +18,7 @@ from swept import flat, mixed, old_gradients
 
 import pyreg
 from pyreg.backend.triton import interpreted
+from pyreg.metric import Metric
 from pyreg.penalties import Penalty
 from pyreg.reference import FORMULAS
 
@@ -211,3 +212,88 @@ def test_nothing_is_written_next_to_a_row(place, dtype):
             assert (m[101 + n :] == 5).all()
         assert (g == 2 * (0.25 + 0.5 * 5)).all()
         assert (w == (5 - 0.25) / 1.5).all() or dtype != torch.float64
+
+
+def moments(w: torch.Tensor) -> torch.Tensor:
+    """Numbers from 1e-12 to 1 like w, and zeros among them: steps up to numerator / offset."""
+    generator = torch.Generator().manual_seed(len(w))
+    v = 10 ** (-12 * torch.rand(w.shape, generator=generator))
+    v[2::9] = 0
+    return v.to(w.dtype)
+
+
+def metric_sweeps(place, w: torch.Tensor, penalty: Penalty):
+    if place.backend != "native" or place.device != "cpu":
+        pytest.skip("the torch backend serves")
+    return place.sweeps([w], [penalty])
+
+
+METRICS = [  # numerator, factor, offset, root
+    (1e-3, 1.5, 1e-8, True),
+    (0.7, 1.0, 1.0, True),
+    (2.0, 0.3, 1e-3, False),
+    (0.5, 1.0, 0.0, True),
+]
+
+
+@pytest.mark.parametrize("numbers", METRICS, ids=str)
+@DTYPE
+def test_prox_in_metric(place, dtype, numbers):
+    """Within oracle.prox_in_metric's tolerance of the float64 prox at a step per element, whether
+    the moment is of w's dtype or float32; the value is that of what was written."""
+    before = fill((3 * CHUNK + 77,), dtype, place.device, "metric")
+    for penalty, narrow in itertools.product(PENALTIES, (True, False)):
+        w, v = before.clone(), moments(before)
+        metric = Metric(v if narrow else v.float(), *numbers)
+        exact, tolerance, steps = oracle.prox_in_metric(penalty, before, metric)
+        value = metric_sweeps(place, w, penalty).prox_in_metric([metric])
+        off = (w.double() - exact).abs() > tolerance
+        assert not off.any(), (penalty, before[off][:3], steps[off][:3], w[off][:3], exact[off][:3])
+        assert oracle.is_minimal(penalty, before, steps, w, oracle.IN_METRIC), penalty
+        within = oracle.value_tolerance([w], penalty)
+        assert oracle.close(value, oracle.value(penalty, [w]), within), penalty
+
+
+@DTYPE
+def test_no_step_in_a_metric_changes_nothing(place, dtype):
+    """A numerator of 0, and an infinite moment: the same numbers, whatever the moment."""
+    before = fill((CHUNK + 3,), dtype, place.device, "no step")
+    before[:4] = torch.tensor([math.inf, -math.inf, math.nan, torch.finfo(dtype).tiny])
+    v = moments(before)
+    v[::5] = math.inf
+    for penalty in PENALTIES:
+        for metric in (
+            Metric(v, 0.0, 1.5, 1e-8),
+            Metric(v, 0.0, 1.0, 0.0),
+            Metric(torch.full_like(v, math.inf), 1e-3, 1.0, 1e-8),
+        ):
+            w = before.clone()
+            metric_sweeps(place, w, penalty).prox_in_metric([metric])
+            assert ((w == before) | (w.isnan() & before.isnan())).all(), (penalty, metric)
+
+
+@DTYPE
+def test_zeros_and_non_finite_numbers_in_a_metric(place, dtype):
+    """0 stays 0, NaN stays NaN, and an infinite weight infinite at a usual step."""
+    before = torch.tensor([0.0, -0.0, math.nan, math.inf, -math.inf] * 50, dtype=dtype)
+    v = torch.full_like(before, 0.25)
+    for penalty in PENALTIES:
+        w = before.clone()
+        metric_sweeps(place, w, penalty).prox_in_metric([Metric(v, 0.1, 1.0, 1e-3)])
+        assert ((w == before) | (w.isnan() & before.isnan())).all(), penalty
+
+
+@DTYPE
+def test_a_metric_gives_the_same_bits_on_every_instruction_set(place, native, dtype):
+    before = fill((CHUNK + 77,), dtype, "cpu", "metric bits")
+    for penalty, numbers in itertools.product(PENALTIES, METRICS):
+        results = []
+        for name in native.instruction_sets():
+            try:
+                native.use_instruction_set(name)
+            except ValueError:  # not on this machine
+                continue
+            w = before.clone()
+            metric_sweeps(place, w, penalty).prox_in_metric([Metric(moments(before), *numbers)])
+            results.append(w)
+        assert all(oracle.same(results[0], w) for w in results), penalty
