@@ -9,6 +9,11 @@
 //   value       the penalty's value from the finished sums, in double
 //   grad        its gradient at one element (sign(0) = 0, NaN stays NaN)
 //   prox        argmin_u step * Omega(u) + (u - w)^2 / 2 for one element
+//   prox_ratio  the same at step p / q, 0 <= p < infinity and 0 < q <= infinity, in one division
+//   that
+//               depends on q where there is such a form: divisions are what it costs. Selects come
+//               before it, lest the compiler divide once per branch. p = 0 or q infinite moves
+//               nothing
 // C is the compute type: float, or double for float64 parameters. Strengths are rounded to it.
 //
 // x - x is +0, or NaN for what is not finite. All but L2 and ElasticNet leave mul_add alone, and so
@@ -20,6 +25,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #if defined(__CUDACC__)
 #define PYREG_FN __host__ __device__ __forceinline__
@@ -36,6 +42,9 @@ constexpr int kMaxSums = 2;
 
 PYREG_FN float absolute(float x) { return __builtin_fabsf(x); }
 PYREG_FN double absolute(double x) { return __builtin_fabs(x); }
+
+PYREG_FN float copy_sign(float x, float of) { return __builtin_copysignf(x, of); }
+PYREG_FN double copy_sign(double x, double of) { return __builtin_copysign(x, of); }
 
 // a * b + c with one rounding.
 #if defined(__CUDACC__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(PYREG_LIBM_FMA)
@@ -64,6 +73,12 @@ PYREG_FN C at_least(C a, C limit) {
   return a < limit ? limit : a;
 }
 
+// A number of which twice is one too, and the least normal one.
+template <class C>
+constexpr C kLargest = std::numeric_limits<C>::max() / 2;
+template <class C>
+constexpr C kSmallest = std::numeric_limits<C>::min();
+
 // sign(0) = sign(-0) = +0; w - w keeps NaN.
 template <class C>
 PYREG_FN C sign(C w) {
@@ -73,7 +88,8 @@ PYREG_FN C sign(C w) {
 // S(x, t) = sign(x) max(|x| - t, 0).
 template <class C>
 PYREG_FN C soft_threshold(C x, C t) {
-  return x > t ? x - t : x < -t ? x + t : x - x;
+  const C u = absolute(x) - t;
+  return u > C(0) ? copy_sign(u, x) : x - x;
 }
 
 // log(1 + x) for x >= 0, within 2^-23 (2^-52) of it relative. On a host it is ours, as a library's
@@ -148,6 +164,10 @@ struct L1 {
   PYREG_FN static C prox(C w, C step, const C* c) {
     return soft_threshold(w, step * c[0]);
   }
+  template <class C>
+  PYREG_FN static C prox_ratio(C w, C p, C q, const C* c) {
+    return prox(w, p / q, c);
+  }
 };
 
 // lam * sum w^2
@@ -168,6 +188,11 @@ struct L2 {
   template <class C>
   PYREG_FN static C prox(C w, C step, const C* c) {
     return w / (C(1) + C(2) * step * c[0]);
+  }
+  template <class C>
+  PYREG_FN static C prox_ratio(C w, C p, C q, const C* c) {
+    q = at_most(q, kLargest<C>);
+    return w * (q / (q + C(2) * p * c[0]));
   }
 };
 
@@ -192,6 +217,16 @@ struct ElasticNet {
   PYREG_FN static C prox(C w, C step, const C* c) {
     return soft_threshold(w, step * c[0]) / (C(1) + C(2) * step * c[1]);
   }
+  // With k = 2 p l2 and t = p l1: |w| - (k |w| + t) / (q + k), which changes nothing by rounding,
+  // or from k = q on, where that would cancel, (q |w| - t) / (q + k).
+  template <class C>
+  PYREG_FN static C prox_ratio(C w, C p, C q, const C* c) {
+    const C a = absolute(w), k = C(2) * p * c[1], t = p * c[0];
+    const C from = k < q ? a : C(0), by = k < q ? k : -q;
+    const C cut = (by * a + t) / (q + k);
+    const C u = a < static_cast<C>(INFINITY) ? from - cut : a;
+    return u > C(0) ? copy_sign(u, w) : cut - cut;
+  }
 };
 
 // lam * sum [w != 0]
@@ -212,7 +247,13 @@ struct L0 {
   }
   template <class C>
   PYREG_FN static C prox(C w, C step, const C* c) {
-    return absolute(w) > square_root(C(2) * step * c[0]) ? w : w - w;
+    return prox_ratio(w, step, C(1), c);
+  }
+  // Kept where q w^2 > 2 p lam.
+  template <class C>
+  PYREG_FN static C prox_ratio(C w, C p, C q, const C* c) {
+    const C y = absolute(w) * (C(1) / square_root(C(2) * p * c[0]));
+    return y * q * y > C(1) ? w : w - w;
   }
 };
 
@@ -243,6 +284,10 @@ struct LHalf {
     if (sizeof(C) > sizeof(float)) r = newton(r, b);
     return b <= C(0.27216552697590868) ? w * (r * r) : w - w;
   }
+  template <class C>
+  PYREG_FN static C prox_ratio(C w, C p, C q, const C* c) {
+    return prox(w, p / q, c);
+  }
 
  private:
   template <class C>
@@ -270,8 +315,16 @@ struct Huber {
   }
   template <class C>
   PYREG_FN static C prox(C w, C step, const C* c) {
-    const C t = step * c[0];
-    return absolute(w) <= c[1] + t ? w * (C(1) / (C(1) + t / c[1])) : w > C(0) ? w - t : w + t;
+    return prox_ratio(w, step, C(1), c);
+  }
+  template <class C>
+  PYREG_FN static C prox_ratio(C w, C p, C q, const C* c) {
+    const C t = p * c[0], side = copy_sign(C(1), w);
+    const bool inside = (absolute(w) - c[1]) * q <= t;
+    const C from = inside ? C(0) : w, times = inside ? -w : side;
+    q = at_most(q, kLargest<C>);
+    const C top = inside ? q : t, bottom = inside ? q + t / c[1] : q;
+    return from - times * (top / bottom);
   }
 };
 
@@ -302,6 +355,10 @@ struct LogSum {
     const bool beaten = t * log_1_plus(u * (C(1) / c[1])) > u * (C(0.5) * u + cut);
     return (u > C(0)) & !beaten ? (w > C(0) ? u : -u) : w - w;
   }
+  template <class C>
+  PYREG_FN static C prox_ratio(C w, C p, C q, const C* c) {
+    return prox(w, p / q, c);
+  }
 };
 
 // sum of lam |w| - w^2 / (2 gamma) up to |w| = gamma lam, then gamma lam^2 / 2.
@@ -323,12 +380,19 @@ struct MCP {
   PYREG_FN static C grad(C w, const C* c) {
     return sign(w) * at_least(c[0] - absolute(w) * (C(1) / c[1]), C(0));
   }
-  // From step = gamma on the objective is concave between 0 and gamma lam: a hard threshold.
+  // Up to gamma lam, |w| - cut with cut = step (gamma lam - |w|) / (gamma - step). From step =
+  // gamma on the objective is concave there: a hard threshold, at lam sqrt(step gamma).
   template <class C>
   PYREG_FN static C prox(C w, C step, const C* c) {
-    const C a = absolute(w), hard = c[0] * square_root(step * c[1]);
-    const C firm = soft_threshold(w, step * c[0]) * (c[1] / (c[1] - step));
-    return step < c[1] ? (a <= c[1] * c[0] ? firm : w) : a > hard ? w : w - w;
+    return prox_ratio(w, step, C(1), c);
+  }
+  template <class C>
+  PYREG_FN static C prox_ratio(C w, C p, C q, const C* c) {
+    const C a = absolute(w), left = c[1] * c[0] - a, rest = c[1] * q - p;
+    const C y = a * (C(1) / (c[0] * square_root(p * c[1])));
+    const C hard = y * q * y > C(1) ? C(0) : static_cast<C>(INFINITY);
+    const C top = rest > C(0) ? p * at_least(left, C(0)) : hard, bottom = rest > C(0) ? rest : q;
+    return soft_threshold(w, top / bottom);
   }
 };
 
@@ -354,18 +418,21 @@ struct SCAD {
     return sign(w) * at_most(at_least(slope, C(0)), c[0]);
   }
   // From step = a - 1 on the objective is concave between lam and a lam: w, or the soft threshold,
-  // which are equally good at |w| = tie.
+  // which are equally good at |w| = tie. So |w| - cut, where cut is step lam up to
+  // lam (1 + step) or the tie, step (a lam - |w|) / (a - 1 - step) between that and a lam, or 0.
   template <class C>
   PYREG_FN static C prox(C w, C step, const C* c) {
-    const C lam = c[0], a = c[1], x = absolute(w);
-    const C soft = soft_threshold(w, step * lam);
-    const C by = step / (a - C(1) - step) * (a * lam - x);
-    const C small = x <= lam * (C(1) + step) ? soft
-                    : x <= a * lam           ? (w > C(0) ? w - by : w + by)
-                                             : w;
-    const C sum = a + C(1);
-    const C tie = lam * (step < sum ? C(0.5) * (sum + step) : square_root(step * sum));
-    return step < a - C(1) ? small : x > tie ? w : soft;
+    return prox_ratio(w, step, C(1), c);
+  }
+  template <class C>
+  PYREG_FN static C prox_ratio(C w, C p, C q, const C* c) {
+    const C lam = c[0], a = c[1], x = absolute(w), t = p * lam, sum = a + C(1);
+    const C rest = (a - C(1)) * q - p, left = at_least(a * lam - x, C(0));
+    const C y = x * (C(1) / (lam * square_root(p * sum)));
+    const C times = rest > C(0) ? C(1) : C(2), from = rest > C(0) ? lam : lam * sum;
+    const C over = p < sum * q ? (times * x - from) * q - t : y * q * y - C(1);
+    const C top = rest > C(0) ? p * left : C(0), bottom = rest > C(0) ? rest : q;
+    return soft_threshold(w, (over > C(0) ? top : t) / (over > C(0) ? bottom : q));
   }
 };
 

@@ -14,7 +14,6 @@
 #include "kernels.h"
 
 #include <cstring>
-#include <type_traits>
 
 #include "elements.h"
 
@@ -169,6 +168,12 @@ void prox(void* w_, int64_t n, const double* strengths, double step_) {
   }
 }
 
+// Positive: a moment and an offset of 0 give the largest step. NaN stays.
+template <class C>
+PYREG_FN C denominator(C q) {
+  return at_least(q, kSmallest<C>);
+}
+
 // D: the moment's dtype.
 template <class P, class T, class D>
 void prox_in_metric(void* w_, const void* moment_, int64_t n, const double* strengths,
@@ -179,33 +184,32 @@ void prox_in_metric(void* w_, const void* moment_, int64_t n, const double* stre
   const Strengths<C> s(strengths);
   const C numerator = static_cast<C>(metric.numerator), factor = static_cast<C>(metric.factor),
           offset = static_cast<C>(metric.offset);
-  C w_buffer[kLanes], result[kLanes], steps[kLanes];
+  C w_buffer[kLanes], result[kLanes], q[kLanes];
   typename Element<D>::Compute moment_buffer[kLanes];
   if (moment == nullptr)
-    for (C& step : steps) step = numerator;
+    for (C& x : q) x = C(1);
   for (int64_t chunk = 0; chunk < n; chunk += kChunk) {
     const int64_t end = chunk + at_most(n - chunk, kChunk);
     Lanes<P, C> lanes(end - chunk);
     for (int64_t i = chunk; i < end; i += kLanes) {
       const int m = at_most(end - i, kLanes);
-      if (n - i > kLanes) prefetch<1>(w + i);
       if (moment != nullptr) {
         if (n - i > kLanes) prefetch(moment + i);
         const auto* d = widen(moment + i, m, moment_buffer);
         if (metric.root) {
 #pragma omp simd
           for (int j = 0; j < m; ++j)
-            steps[j] = numerator / (factor * square_root(static_cast<C>(d[j])) + offset);
+            q[j] = denominator(factor * square_root(static_cast<C>(d[j])) + offset);
         } else {
 #pragma omp simd
-          for (int j = 0; j < m; ++j)
-            steps[j] = numerator / (factor * static_cast<C>(d[j]) + offset);
+          for (int j = 0; j < m; ++j) q[j] = denominator(factor * static_cast<C>(d[j]) + offset);
         }
       }
+      if (n - i > kLanes) prefetch<1>(w + i);
       const C* x = widen(static_cast<const T*>(w + i), m, w_buffer);
       C* y = target(w + i, result);
 #pragma omp simd
-      for (int j = 0; j < m; ++j) y[j] = P::prox(x[j], steps[j], s.c);
+      for (int j = 0; j < m; ++j) y[j] = P::prox_ratio(x[j], numerator, q[j], s.c);
       narrow(y, m, w + i);
       const C* stored = widen(static_cast<const T*>(w + i), m, w_buffer);
 #pragma omp simd
