@@ -267,7 +267,11 @@ def test_prox_of_parameters_that_share_memory(native):
 
 
 def test_a_gradient_that_is_dropped_meanwhile(native, run_python):
-    """Another thread sets .grad to None while it is swept: its memory stays until the end."""
+    """Another thread sets .grad to None while it is swept: its memory stays until the end.
+
+    The thread holds the gradient until it is no longer `.grad`: torch 2.13 itself crashes if one
+    thread reads `.grad` while `p.grad = None` in another, which has let go of the GIL, frees it.
+    """
     run_python("""
 import threading, time, torch, pyreg
 ps = [torch.nn.Parameter(torch.ones(8_000_000)) for _ in range(2)]
@@ -276,7 +280,9 @@ stop = False
 def drop():
     while not stop:
         for p in ps:
+            held = p.grad
             p.grad = None
+            del held
         time.sleep(0.001)
 thread = threading.Thread(target=drop)
 thread.start()

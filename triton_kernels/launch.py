@@ -33,7 +33,7 @@ REGISTERS = {
     "gradient": 96,
     "prox": 96,
     "accumulate": 128,
-    "prox_in_metric": 128,
+    "prox_in_metric": 160,
     "stats": 128,
 }
 PROGRAMS_ON_ROCM = 8
