@@ -60,14 +60,15 @@ class Layout {
   // Adds to each tensor's .grad. Returns the value, how many gradients there were, and the rows
   // left to the caller, which are counted in the value.
   py::tuple accumulate(const py::list& tensors, const std::vector<double>& strengths, double scale,
-                       int threads) {
+                       bool keep_gil, int threads) {
     check_strengths(strengths);
     TensorReader reader;
     const Shown shown = look_.with_own_gradients(tensors, reader);
     const Anchors anchors = look_at_anchors(shown.w, reader);
     std::vector<double> sums = make_sums();
     {
-      py::gil_scoped_release release;
+      std::optional<py::gil_scoped_release> release;
+      if (!keep_gil) release.emplace();
       cpu::accumulate(table_, shown.w.data(), shown.g.data(), strengths.data(), scale, sums.data(),
                       threads, anchors.get());
     }
@@ -246,7 +247,7 @@ PYBIND11_MODULE(_native, m) {
       .def("gradient", &Layout::gradient, py::arg("tensors"), py::arg("grads"),
            py::arg("strengths"), py::arg("scale"), py::arg("threads"))
       .def("accumulate", &Layout::accumulate, py::arg("tensors"), py::arg("strengths"),
-           py::arg("scale"), py::arg("threads"))
+           py::arg("scale"), py::arg("keep_gil"), py::arg("threads"))
       .def("prox", &Layout::prox, py::arg("tensors"), py::arg("strengths"), py::arg("step"),
            py::arg("threads"))
       .def("prox_in_metric", &Layout::prox_in_metric, py::arg("tensors"), py::arg("moments"),

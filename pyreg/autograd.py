@@ -10,6 +10,7 @@ inside `torch.func` transforms and in a double backward.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Sequence
 from functools import cache
@@ -185,13 +186,14 @@ def _added(ctx: Any, rows: list[Tensor], grad_output: Tensor) -> bool:
     (`torch.autograd.grad` does not), and nobody looks on: no hook of the leaf, no anomaly
     detection, no dispatch mode, no compiler. (Hooks of its AccumulateGrad node cannot be seen from
     here; they find None, and `.grad` as it should be.) Autograd's own addition is locked against
-    other threads' and ordered among streams; this one is not, so it is for a lone thread and for
-    CPU tensors.
+    other threads' and ordered among streams; this one is not, so it is for CPU tensors and
+    for a thread that is alone, or beside threads that wait and are kept waiting.
     """
     call = ctx.call
+    alone = threading.active_count() == 1
     if (
         call.pack.device.type != "cpu"
-        or threading.active_count() > 1
+        or not (alone or (call.backend.name == "native" and _others_wait()))
         or torch.is_anomaly_enabled()
         or torch._C._len_torch_dispatch_stack()
         or torch.compiler.is_compiling()
@@ -210,11 +212,32 @@ def _added(ctx: Any, rows: list[Tensor], grad_output: Tensor) -> bool:
     if set(map(type, grads)) != {Tensor}:
         return False
     try:
-        call.backend.accumulate(call.pack, rows, call.rules, grad_output)
+        if alone:
+            call.backend.accumulate(call.pack, rows, call.rules, grad_output)
+        else:  # so that they go on waiting
+            call.backend.accumulate(call.pack, rows, call.rules, grad_output, keep_gil=True)
     except GradientMismatch:
         return False
     torch.autograd.graph.increment_version(grads)
     return True
+
+
+# Where an idle thread waits: in a pool (torch.compile leaves one), for an event, for a socket.
+_WAITING = {
+    ("concurrent.futures.thread", "_worker"),
+    ("threading", "wait"),
+    ("selectors", "select"),
+}
+
+
+def _others_wait() -> bool:
+    """Whether all other Python threads wait in the standard library, and so are not in backward."""
+    own = threading.get_ident()
+    return all(
+        (frame.f_globals.get("__name__"), frame.f_code.co_name) in _WAITING
+        for thread, frame in sys._current_frames().items()
+        if thread != own
+    )
 
 
 def _versions(rows: Sequence[Tensor], wanted: Sequence[bool]) -> list[int]:

@@ -17,8 +17,8 @@ def penalty(params: Params, penalty: Penalty) -> Tensor:
 
     Forward reads N (the parameters' bytes). Backward reads N and writes N, a flat buffer whose
     parts autograd keeps where `.grad` is None. Where every `.grad` exists, it reads 2 N and writes
-    N, adding to them in place, if nobody could see the difference (CPU tensors, no hooks, one
-    thread).
+    N, adding to them in place, if nobody could see the difference (CPU tensors, no hooks, no other
+    Python thread at work).
 
     Args:
         params: a module, an iterable of tensors or of (name, tensor) pairs, a mapping, or a tensor.

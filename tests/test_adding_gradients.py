@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 
 import pyreg
+from pyreg import autograd
+from pyreg.backend.native import NativeBackend
 from pyreg.pack import Pack
 
 NET = pyreg.ElasticNet(0.5, 0.25)
@@ -133,16 +137,70 @@ def test_not_where_some_are_frozen(buffers):
     assert buffers == [2]
 
 
-def test_not_while_another_thread_is_alive(buffers):
+def test_not_while_another_thread_is_at_work(buffers):
     """Autograd locks its own additions to a shared leaf, whoever makes them."""
-    a, over = leaf(), threading.Event()
-    other = threading.Thread(target=over.wait)
+    a, begun, over = leaf(), threading.Event(), False
+
+    def work():
+        while not over:
+            begun.set()
+            time.sleep(0.001)
+
+    other = threading.Thread(target=work, daemon=True)
     other.start()
+    begun.wait()
     pyreg.penalty([a], NET).backward()
-    over.set()
+    over = True
     other.join()
     assert buffers == [1]
     assert a.grad.tolist() == expected().tolist()
+
+
+def test_beside_threads_that_wait(buffers, monkeypatch):
+    """Such as torch.compile leaves in its pool. They are kept waiting."""
+    a, over, kept = leaf(), threading.Event(), []
+    accumulate = NativeBackend.accumulate
+
+    def watched(*args, keep_gil=False):
+        kept.append(keep_gil)
+        return accumulate(*args, keep_gil=keep_gil)
+
+    monkeypatch.setattr(NativeBackend, "accumulate", watched)
+    waiting = threading.Thread(target=over.wait, daemon=True)
+    waiting.start()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(int).result()
+        while not autograd._others_wait():  # on their way there
+            time.sleep(0.001)
+        pyreg.penalty([a], NET).backward()
+        over.set()
+    waiting.join()
+    assert buffers == []
+    assert kept == [True]
+    assert a.grad.tolist() == expected().tolist()
+
+
+def test_threads_that_wait_do_not_run_meanwhile(native, run_python):
+    """One that would replace the gradients as soon as it can, and is told to before the sweep."""
+    assert run_python("""
+import sys, threading, torch
+from pyreg import _native
+ps = [torch.nn.Parameter(torch.ones(8_000_000)) for _ in range(2)]
+for p in ps:
+    p.grad = torch.zeros_like(p)
+layout = _native.Layout(ps, [0, 0], ["l1"])
+ran = threading.Event()
+go = threading.Event()
+thread = threading.Thread(target=lambda: (go.wait(), ran.set()))
+thread.start()
+sys.setswitchinterval(1000)  # no switch but where the GIL is let go
+go.set()
+layout.accumulate(ps, [1.0, 0.0], 1.0, True, 2)
+kept = not ran.is_set()
+layout.accumulate(ps, [1.0, 0.0], 1.0, False, 2)
+print(kept, ran.wait(60))
+thread.join()
+""").split() == ["True", "True"]
 
 
 def test_not_to_a_leaf_frozen_since_the_forward(buffers):

@@ -99,10 +99,18 @@ class NativeBackend:
         self._sweep("gradient", pack, tensors, grads, self._strengths(rules), float(scale))
 
     def accumulate(
-        self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty], scale: float | Tensor
+        self,
+        pack: Pack,
+        tensors: list[Tensor],
+        rules: Sequence[Penalty],
+        scale: float | Tensor,
+        keep_gil: bool = False,
     ) -> tuple[float, int]:
+        """`keep_gil`: let no other Python thread run meanwhile."""
         strengths = self._strengths(rules)
-        value, present, others = self._sweep("accumulate", pack, tensors, strengths, float(scale))
+        value, present, others = self._sweep(
+            "accumulate", pack, tensors, strengths, float(scale), keep_gil
+        )
         for i in others:
             add_gradient(pack.penalty(i, rules), tensors[i], scale)
         return value, present
