@@ -57,8 +57,8 @@ class Layout {
                   anchors.get());
   }
 
-  // Adds to each tensor's .grad. Returns the value, how many gradients there were, and the rows
-  // left to the caller, which are counted in the value.
+  // Adds to each tensor's .grad. Returns the value, each rule's, how many gradients there were, and
+  // the rows left to the caller, which are counted in the values.
   py::tuple accumulate(const py::list& tensors, const std::vector<double>& strengths, double scale,
                        bool keep_gil, int threads) {
     check_strengths(strengths);
@@ -72,7 +72,8 @@ class Layout {
       cpu::accumulate(table_, shown.w.data(), shown.g.data(), strengths.data(), scale, sums.data(),
                       threads, anchors.get());
     }
-    return py::make_tuple(value_from_sums(table_, sums.data(), strengths.data()), shown.present,
+    return py::make_tuple(value_from_sums(table_, sums.data(), strengths.data()),
+                          values_from_sums(table_, sums.data(), strengths.data()), shown.present,
                           shown.others);
   }
 
@@ -92,8 +93,8 @@ class Layout {
   }
 
   // The same with a step for each element. moments are as Look::with_moments takes them; numbers is
-  // [rows][3] (numerator, factor, offset). Returns the value of the new weights, and the rows left
-  // to the caller, which are not in the value.
+  // [rows][3] (numerator, factor, offset). Returns the value of the new weights, each rule's, and the
+  // rows left to the caller, which are not in the values.
   py::tuple prox_in_metric(const py::list& tensors, const py::list& moments,
                            const std::vector<double>& numbers, const std::vector<bool>& root,
                            const std::vector<double>& strengths, int threads) {
@@ -114,7 +115,8 @@ class Layout {
       cpu::prox_in_metric(table_, beside.w.data(), metrics.data(), strengths.data(), sums.data(),
                           threads, anchors.get());
     }
-    return py::make_tuple(value_from_sums(table_, sums.data(), strengths.data()), beside.others);
+    return py::make_tuple(value_from_sums(table_, sums.data(), strengths.data()),
+                          values_from_sums(table_, sums.data(), strengths.data()), beside.others);
   }
 
   // [(l1, l2_squared, max_abs, zeros, non_finite), ...], one per row.

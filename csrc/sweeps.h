@@ -73,7 +73,10 @@ void stats(const Table& table, const void* const* w, Stats* stats, int threads);
 
 }  // namespace cpu
 
-// The value from an earlier sweep's sums.
+// Each rule's value from an earlier sweep's sums.
+std::vector<double> values_from_sums(const Table& table, const double* sums,
+                                     const double* strengths);
+// The value: theirs added up, in order.
 double value_from_sums(const Table& table, const double* sums, const double* strengths);
 
 }  // namespace pyreg

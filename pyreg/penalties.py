@@ -178,7 +178,9 @@ class Penalty:
         for name in self.parameters:
             s = getattr(self, name)
             if callable(s) and not isinstance(s, Tensor):
-                where = f"{type(self).__name__}.{name} at step {step}"
+                where = f"{type(self).__name__}.{name}"
+                if not torch.compiler.is_compiling():  # to which a step may be a symbol
+                    where += f" at step {step}"
                 numbers[name] = check_strength(where, s(step), self.above.get(name))
         return replace(self, **numbers) if numbers else self
 

@@ -102,7 +102,7 @@ class Regularizer:
         self._model = model if isinstance(model, nn.Module) else None
         self._pairs = [] if self._model is not None else _pairs(model)
         self._attachment: Attachment | None = None
-        self.last_value: Tensor | None = None
+        self._last: sweeps.Value | None = None
         self._resolve()
 
     def __call__(self) -> Tensor:
@@ -184,7 +184,7 @@ class Regularizer:
         form; under an adaptive optimizer weight i is then penalised with strength lam * D_i.
 
         Each param group's own lr counts; a step that a GradScaler skips changes nothing, and a
-        parameter without a gradient is left alone. `last_value` then holds the latest value. Not
+        parameter without a gradient is left alone. `last_value` then holds the latest values. Not
         to be combined with reg() in the loss, which would count twice.
 
         Args:
@@ -215,6 +215,17 @@ class Regularizer:
         if self._attachment is not None:
             self._attachment.detach()
             self._attachment = None
+
+    @property
+    def last_value(self) -> dict[str, Tensor] | None:
+        """{pattern: value} of each rule in the last `accumulate_` or attached step, for logging.
+
+        0-dim tensors like the value, on its device: nothing waits for it. A prox's are those of
+        the new weights. None before the first.
+        """
+        if self._last is None:
+            return None
+        return dict(zip(self.rules, self._last.of_rules(), strict=True))
 
     def advance(self) -> None:
         """Count an optimizer step, for strengths that are schedules; an attached one does it."""
@@ -278,7 +289,8 @@ class Regularizer:
         check_scale(scale)
         group = self._active()
         if not group.tensors:
-            return self._zero(), 1
+            self._last = sweeps.Value(self._zero(), [[0.0] * len(self.rules)])
+            return self._last.total, 1
         self._check_differentiable(group)
         if create_grads:
             for i, t in enumerate(group.tensors):
@@ -287,11 +299,10 @@ class Regularizer:
             for t in group.tensors:
                 if t.grad is None:
                     t.grad = torch.zeros_like(t)
-        value, present = sweeps.accumulate(
+        self._last, present = sweeps.accumulate(
             group.packs, group.tensors, self._penalties, scale, group.label
         )
-        self.last_value = value
-        return value, present
+        return self._last.total, present
 
     def _prox(self, metric: Callable[[Tensor], Metric | None]) -> None:
         """The proximal step in each parameter's metric; one without a metric is left alone."""
@@ -300,7 +311,7 @@ class Regularizer:
         group = self._part(group, bytes(m is not None for m in metrics))
         if group.tensors:
             found = [m for m in metrics if m is not None]
-            self.last_value = sweeps.prox_in_metric(
+            self._last = sweeps.prox_in_metric(
                 group.packs, group.tensors, found, self._penalties, group.label
             )
 

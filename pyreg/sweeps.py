@@ -7,7 +7,7 @@ device.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +46,25 @@ def add_values(values: Sequence[Tensor | float], dtype: torch.dtype) -> Tensor:
     return total.to(dtype)
 
 
+class Value(NamedTuple):
+    """What a sweep found Omega to be."""
+
+    total: Tensor
+    parts: list[Tensor | list[float]]  # of each pack: [rules] each rule's
+
+    @classmethod
+    def of(cls, packs: Sequence[Sequence[Any]], dtype: torch.dtype) -> Value:
+        """From each pack's (value, of_rules)."""
+        return cls(add_values([value for value, _ in packs], dtype), [part for _, part in packs])
+
+    def of_rules(self) -> list[Tensor]:
+        """Each rule's, like the total."""
+        first, *others = (torch.as_tensor(part, dtype=torch.float64) for part in self.parts)
+        for part in others:
+            first = first + part.to(first.device)
+        return list(first.to(self.total.device, self.total.dtype))
+
+
 def value(packs: Packs, tensors: list[Tensor], rules: Sequence[Penalty], label: Label) -> Tensor:
     """Omega, without a graph. Reads N."""
     check_strengths(rules)
@@ -66,7 +85,7 @@ def accumulate(
     rules: Sequence[Penalty],
     scale: float | Tensor,
     label: Label,
-) -> tuple[Tensor, int]:
+) -> tuple[Value, int]:
     """.grad += scale * gradient where there is a .grad. Reads 2 N, writes N.
 
     Returns the value, and how many gradients there were.
@@ -78,11 +97,11 @@ def accumulate(
             if t.grad is not None:
                 check_gradient(t.grad, t, label(i))
 
-    def sweep(current: list[Pack]) -> tuple[Tensor, int]:
+    def sweep(current: list[Pack]) -> tuple[Value, int]:
         chosen = _prepare(current, tensors, check_gradients)
         done = [backend.accumulate(pack, rows, rules, scale) for pack, backend, rows in chosen]
-        total = add_values([value for value, _ in done], packs.value_dtype)
-        return total, sum(present for _, present in done)
+        value = Value.of([pack_value for *pack_value, _ in done], packs.value_dtype)
+        return value, sum(present for *_, present in done)
 
     try:
         return packs.run(sweep, tensors, label)
@@ -119,14 +138,14 @@ def prox_in_metric(
     metrics: Sequence[Metric],
     rules: Sequence[Penalty],
     label: Label,
-) -> Tensor:
+) -> Value:
     """w = prox(w, each element's step in its row's metric), in place. Reads 2 N, writes N.
 
     Returns the value of the new weights.
     """
     check_strengths(rules)
 
-    def sweep(current: list[Pack]) -> Tensor:
+    def sweep(current: list[Pack]) -> Value:
         chosen = _prepare(current, tensors)
         for i, t in enumerate(tensors):
             check_moment(metrics[i], t, label(i))
@@ -134,7 +153,7 @@ def prox_in_metric(
             if pack.irregular is not None:
                 for i, t in zip(pack.rows, rows, strict=True):
                     check_writable(t, label(i))
-        return add_values(
+        return Value.of(
             [
                 backend.prox_in_metric(pack, rows, pack.take(metrics), rules)
                 for pack, backend, rows in chosen

@@ -28,6 +28,7 @@ class Sweeps:
         backend: str = "native",
     ) -> None:
         self.tensors, self.rules = tensors, rules
+        self.of_rules: list[float] = []  # each rule's value in the last accumulate or metric's prox
         self.rule_of = rule_of or [0] * len(tensors)
         names = tuple(rule.name for rule in rules)
         (self.pack,) = pack.build(tensors, pack.label, self.rule_of, names)
@@ -56,16 +57,23 @@ class Sweeps:
     def accumulate(self, grads: list[Tensor | None], scale: float = 1.0) -> float:
         for t, g in zip(self.tensors, grads, strict=True):
             t.grad = g
-        value, present = self.backend.accumulate(self.pack, self.tensors, self.rules, scale)
+        value, of_rules, present = self.backend.accumulate(
+            self.pack, self.tensors, self.rules, scale
+        )
         assert present == sum(g is not None for g in grads)
-        return float(value)
+        return self._value(value, of_rules)
 
     def prox(self, step: float) -> None:
         self.backend.prox(self.pack, self.tensors, self.rules, step)
 
     def prox_in_metric(self, metrics: list[Metric]) -> float:
-        value = self.backend.prox_in_metric(self.pack, self.tensors, metrics, self.rules)
-        return value.item()
+        return self._value(
+            *self.backend.prox_in_metric(self.pack, self.tensors, metrics, self.rules)
+        )
+
+    def _value(self, value: Tensor | float, of_rules: Tensor | list[float]) -> float:
+        self.of_rules = torch.as_tensor(of_rules, dtype=torch.float64).tolist()
+        return float(value)
 
     def stats(self) -> Tensor:
         return self.backend.stats(self.pack, self.tensors)

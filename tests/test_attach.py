@@ -171,7 +171,8 @@ def test_training(backend, kind, mode, way):
         zeros = [(p == 0).sum().item() for p in penalised(ours)]
         assert zeros == [(p == 0).sum().item() for p in penalised(theirs)]
         value = sum(NET.value(p.detach()) for p in penalised(ours))
-        torch.testing.assert_close(reg.last_value, value, rtol=1e-14, atol=0)
+        assert list(reg.last_value) == ["*.weight"]
+        torch.testing.assert_close(reg.last_value["*.weight"], value, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("mode", ["grad", "prox"])

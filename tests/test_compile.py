@@ -212,3 +212,18 @@ def test_a_compiled_regularizer_sees_a_replaced_parameter():
     value.backward()
     torch.testing.assert_close(value, 60 + net.bias.abs().sum())
     assert (net.weight.grad == 1).all()
+
+
+@pytest.mark.parametrize("schedule", [pyreg.schedules.Linear, pyreg.schedules.Cosine])
+def test_a_schedule(schedule):
+    """Each step's own number, without a compilation for each: the step becomes a symbol."""
+    net = model()
+    lam = schedule(0.0, 1.0, steps=5)
+    reg = pyreg.Regularizer(net, pyreg.L1(lam))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda: reg() * 2, fullgraph=True, backend=counter)
+    for step in range(8):
+        expected = 2 * sum(lam(step) * p.detach().double().abs().sum() for p in net.parameters())
+        assert compiled().item() == pytest.approx(expected.item(), rel=1e-6)
+        reg.advance()
+    assert counter.frame_count <= 3

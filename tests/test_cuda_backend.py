@@ -97,7 +97,7 @@ def test_every_sweep_gives_the_bits_of_the_cpu(kernels, case, dtype):
             if i % 5 != 4:
                 t.grad = torch.full_like(t, 0.25)
         value, sums = backend.value(pack, tensors, rules)
-        again, present = backend.accumulate(pack, tensors, rules, -0.3)
+        again, of_rules, present = backend.accumulate(pack, tensors, rules, -0.3)
         grads = [torch.full_like(t, float("nan")) if i % 4 else None for i, t in enumerate(tensors)]
         backend.gradient(pack, tensors, grads, rules, 0.7)
         stats = backend.stats(pack, tensors)
@@ -105,7 +105,7 @@ def test_every_sweep_gives_the_bits_of_the_cpu(kernels, case, dtype):
         backend.prox(pack, tensors, rules, 0.1)
         assert all(t._version > v for t, v in zip(tensors, versions, strict=True))
         results.append(
-            [value.float(), torch.as_tensor(again).float(), stats]
+            [value.float(), torch.as_tensor(again).float(), torch.as_tensor(of_rules), stats]
             + [torch.as_tensor(sums, dtype=torch.float64), torch.tensor(present)]
             + [t.detach() for t in tensors]
             + [t.grad for t in tensors if t.grad is not None]

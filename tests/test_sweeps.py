@@ -14,7 +14,7 @@ import oracle
 import pytest
 import torch
 from cases import CHUNK, DTYPES, REGULAR, differentiable, fill, penalties
-from swept import flat, mixed, moments, old_gradients
+from swept import Sweeps, flat, mixed, moments, old_gradients
 
 import pyreg
 from pyreg.backend.torch import apply_prox_in_metric
@@ -201,18 +201,31 @@ def test_mixed_dtypes_and_penalties_in_one_call(place):
     assert torch.equal(together.stats(), torch.cat([one.stats() for one in alone]))
     grads, own = old_gradients(tensors), old_gradients(tensors)
     together.accumulate(grads)
+    parts = []
     for g, h, one in zip(grads, own, alone, strict=True):
-        one.accumulate([h])
+        parts.append(one.accumulate([h]))
         assert oracle.same(g, h)
+    _check_of_rules(together, rule_of, parts, tolerance)
     kinds = itertools.cycle(METRICS.values())
     metrics = [kind(m) for kind, m in zip(kinds, moments(tensors), strict=False)]
     value = together.prox_in_metric(metrics)
     parts = [one.prox_in_metric([metric]) for one, metric in zip(alone, metrics, strict=True)]
     assert oracle.close(value, math.fsum(parts), 2 * tolerance)
+    _check_of_rules(together, rule_of, parts, tolerance)
     together.prox(0.3)
     for t, one in zip(tensors, alone, strict=True):
         one.prox(0.3)
         assert oracle.same(t, one.tensors[0])
+
+
+def _check_of_rules(
+    sweeps: Sweeps, rule_of: list[int], parts: list[float], tolerance: float
+) -> None:
+    """Each rule's value is the sum of what its rows gave alone, and those give all of theirs."""
+    for r, value in enumerate(sweeps.of_rules):
+        own = math.fsum(part for part, rule in zip(parts, rule_of, strict=True) if rule == r)
+        assert oracle.close(value, own, 2 * tolerance)
+    assert len(sweeps.of_rules) == len(sweeps.rules)
 
 
 def test_numbers_of_a_metric_may_be_tensors(place):

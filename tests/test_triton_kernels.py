@@ -150,7 +150,8 @@ def test_many_tensors_mixed_in_one_launch():
 
     def accumulate():
         nonlocal total
-        total = layout.accumulate(at(w), at(grads), strengths, 1.0)
+        total, *of_rules = layout.accumulate(at(w), at(grads), strengths, 1.0)
+        assert sum(of_rules) == pytest.approx(total)
 
     assert launches(torch.device("cpu"), accumulate) == ["accumulate"]
     exact = sum(
@@ -224,7 +225,8 @@ def test_rows_at_no_address_are_left_out():
     w, g = [torch.full((3,), 2.0) for _ in range(2)], [torch.zeros(3) for _ in range(2)]
     layout, strengths = Layout(w, [0, 0], ["l1"]), strengths_of("l1")
     layout.gradient(at(w), at([None, g[1]]), strengths, 1.0)
-    assert layout.accumulate(at(w), at([None, g[1]]), strengths, 1.0) == pytest.approx(3.6)
+    value, of_rule = layout.accumulate(at(w), at([None, g[1]]), strengths, 1.0)
+    assert value == of_rule == pytest.approx(3.6)
     layout.prox(at([None, w[1]]), strengths, 1.0)
     torch.testing.assert_close(torch.cat(g), torch.tensor([0.0] * 3 + [0.6] * 3))
     torch.testing.assert_close(torch.cat(w), torch.tensor([2.0] * 3 + [1.7] * 3))
@@ -253,7 +255,7 @@ def test_nothing():
     assert layout.stats(at([])).shape == (0, 5)
     w = [torch.zeros(0)] * 2
     layout = Layout(w, [0, 1], ["l1", "l2"])
-    assert layout.accumulate(at(w), at(w), strengths_of("l1", "l2"), 1.0) == 0
+    assert layout.accumulate(at(w), at(w), strengths_of("l1", "l2"), 1.0).tolist() == [0, 0, 0]
     assert layout.stats(at(w)).tolist() == [[0] * 5] * 2
 
 

@@ -105,9 +105,9 @@ class Layout:
             float32 [] (float64 if any tensor is), and float64 [rules, 2], 0 in columns that a
             penalty has no use for.
         """
-        value, sums = self._totals()
-        self._sweep(self._by_rule, "value", w, None, strengths, strengths, sums, value)
-        return value, sums
+        values, sums = self._totals()
+        self._sweep(self._by_rule, "value", w, None, strengths, strengths, sums, values)
+        return values[0], sums
 
     def gradient(self, w: bytes, g: bytes, strengths: Tensor, scale: Tensor | float) -> None:
         """g = scale * grad Omega(w); where g is at 0, nothing. Reads N, writes N."""
@@ -119,11 +119,12 @@ class Layout:
         A tensor whose g is at 0 adds to the value only.
 
         Returns:
-            float32 [] (float64 if any tensor is): the value, not multiplied by `scale`.
+            float32 [1 + rules] (float64 if any tensor is): the value, and each rule's, not
+            multiplied by `scale`.
         """
-        value, sums = self._totals()
-        self._sweep(self._by_rule, "accumulate", w, g, strengths, scale, sums, value)
-        return value
+        values, sums = self._totals()
+        self._sweep(self._by_rule, "accumulate", w, g, strengths, scale, sums, values)
+        return values
 
     def prox(self, w: bytes, strengths: Tensor, step: Tensor | float) -> None:
         """w = argmin_u step * Omega(u) + (u - w)^2 / 2; where w is at 0, nothing. Reads N, writes
@@ -145,7 +146,8 @@ class Layout:
                 and 1 for a square root or 0 for none.
 
         Returns:
-            float32 [] (float64 if any tensor is): the value of the new w, without what was left.
+            float32 [1 + rules] (float64 if any tensor is): the value of the new w, and each
+            rule's, without what was left.
         """
         if len(float32) != self._number:
             raise ValueError(f"expected {self._number} flags, got {len(float32)}")
@@ -156,10 +158,10 @@ class Layout:
             ]
             own = beside == self._dtypes
             self._in_metric[float32] = self._by_rule if own else self._plan_by_rule(beside)
-        value, sums = self._totals()
+        values, sums = self._totals()
         plan = self._in_metric[float32]
-        self._sweep(plan, "prox_in_metric", w, moments, strengths, metrics, sums, value)
-        return value
+        self._sweep(plan, "prox_in_metric", w, moments, strengths, metrics, sums, values)
+        return values
 
     def stats(self, w: bytes) -> Tensor:
         """sum |w|, sum w^2, max |w|, zeros and non-finite numbers of each tensor. Reads N.
@@ -172,9 +174,9 @@ class Layout:
         return out
 
     def _totals(self) -> tuple[Tensor, Tensor]:
-        """Memory for the value, in the dtype that is asked for in the end, and for the sums."""
-        value = torch.empty((), dtype=self._value_dtype, device=self.device)
-        return value, torch.empty(self.rules, 2, dtype=torch.float64, device=self.device)
+        """Memory for the values, in the dtype that is asked for in the end, and for the sums."""
+        values = torch.empty(1 + self.rules, dtype=self._value_dtype, device=self.device)
+        return values, torch.empty(self.rules, 2, dtype=torch.float64, device=self.device)
 
     def _sweep(
         self,

@@ -342,7 +342,7 @@ def _finish_value(
     PENALTIES: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """value = the sum over groups of their penalty's value, in a fixed order."""
+    """value = the groups' values added up, in a fixed order; then each of them."""
     BLOCK: tl.constexpr = 128
     lane = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
@@ -354,8 +354,11 @@ def _finish_value(
         s1 = tl.load(sums + group * 2 + 1, mask=known, other=0.0, cache_modifier=".cg")
         c0 = tl.load(strengths + group * 2, mask=known, other=0.0)
         c1 = tl.load(strengths + group * 2 + 1, mask=known, other=0.0)
+        own = tl.zeros([BLOCK], tl.float64)
         for p in tl.static_range(PENALTIES):
-            total += tl.where(known & (penalty == p), VALUES[p](s0, s1, c0, c1), 0.0)
+            own = tl.where(penalty == p, VALUES[p](s0, s1, c0, c1), own)
+        tl.store(value + 1 + group, own, mask=known)
+        total += tl.where(known, own, 0.0)
     tl.store(value, tl.sum(total))
 
 
@@ -405,7 +408,7 @@ def sweep(
     strengths,  # float64 [n_groups, 2]
     scale,  # float64: what gradients are multiplied by, or the step of `prox`; or [tensors, METRIC]
     out,  # float64 [n_groups, COLUMNS]
-    value,  # float32 or float64
+    value,  # float32 or float64 [1 + n_groups]: the value, and each group's
     partials,  # float64 [slots of groups that have several, COLUMNS]
     counters,  # int32 [n_groups + 1] slots done of each group, groups done; 0 between launches
     slots,

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cstring>
+#include <numeric>
 #include <string>
 
 #include "../combine.h"
@@ -304,16 +305,22 @@ void stats(const Table& table, const void* const* w, Stats* stats, int threads) 
 
 namespace pyreg {
 
-double value_from_sums(const Table& table, const double* sums, const double* strengths) {
+std::vector<double> values_from_sums(const Table& table, const double* sums,
+                                     const double* strengths) {
   using Value = double (*)(const double*, const double*);
 #define PYREG_VALUE(P) [](const double* s, const double* c) { return P::value(s, c); },
   static const Value kValues[] = {PYREG_PENALTIES(PYREG_VALUE)};
 #undef PYREG_VALUE
-  double total = 0;
+  std::vector<double> values;
   for (size_t rule = 0; rule < table.penalties().size(); ++rule)
-    total +=
-        kValues[table.penalties()[rule]](sums + rule * kMaxSums, strengths + rule * kMaxStrengths);
-  return total;
+    values.push_back(
+        kValues[table.penalties()[rule]](sums + rule * kMaxSums, strengths + rule * kMaxStrengths));
+  return values;
+}
+
+double value_from_sums(const Table& table, const double* sums, const double* strengths) {
+  const std::vector<double> values = values_from_sums(table, sums, strengths);
+  return std::accumulate(values.begin(), values.end(), 0.0);
 }
 
 }  // namespace pyreg

@@ -133,7 +133,8 @@ constexpr int kEntries = 1329;  // by value, a last one included that only ends 
 struct Parameter {
   const Entry* table;      // [rows + 1] in device memory; null: `entries` below
   const Rule* rule_table;  // [rules + 1]
-  // value, accumulate: the value, the sums [rules * columns], the value as float32.
+  // value, accumulate: the value, the sums [rules * columns], each rule's value [rules], the value
+  // as float32.
   // stats: [rows * columns].
   double* out;
   double* partials;  // [segments * columns]

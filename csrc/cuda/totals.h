@@ -214,19 +214,23 @@ PYREG_DEVICE void finish(Executor& run, const Parameter& p, Shared<S>& shared) {
       }
     } else if (thread == 0) {
       double value = 0;
+      double* values = totals + units * kColumns<S>;
       for (uint32_t u = 0; u < units; ++u) {
         const Rule rule = p.rule(u);
         double strengths[kMaxStrengths];
         for (int k = 0; k < kMaxStrengths; ++k)
           strengths[k] = read(rule.strengths[k], rule.kinds[k]);
         int penalty = 0;
+        double own = 0;
 #define PYREG_VALUE(P) \
-  if (rule.penalty == penalty++) value += P::value(totals + u * kColumns<S>, strengths);
+  if (rule.penalty == penalty++) own = P::value(totals + u * kColumns<S>, strengths);
         PYREG_ELEMENTARY(PYREG_VALUE)
 #undef PYREG_VALUE
+        values[u] = own;
+        value += own;
       }
       *p.out = value;
-      *reinterpret_cast<float*>(totals + units * kColumns<S>) = static_cast<float>(value);
+      *reinterpret_cast<float*>(values + units) = static_cast<float>(value);
     }
   });
 }

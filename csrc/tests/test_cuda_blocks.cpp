@@ -235,7 +235,7 @@ void test_long_segments() {
     plan.show(copy.pointers().data(), nullptr);
     plan.strengthen(numbers.data());
     by_row.show(copy.pointers().data(), nullptr);
-    std::vector<double> partials(plan.segments() * 5), out(2 + expected.size());
+    std::vector<double> partials(plan.segments() * 5), out(2 + expected.size() + penalties.size());
     uint32_t blocks = plan.fill(*p, nullptr, cuda::Number::of(1), most);
     CHECK(p->run > 1, "a segment is one chunk");
     p->out = out.data(), p->partials = partials.data(), p->done = &done;

@@ -12,10 +12,11 @@ A backend has
   - `value(pack, tensors, rules) -> (value, sums)`: 0-dim float64, or float32 where no tensor is
     float64; [rules, strengths] derivatives by the strengths (whatever `torch.as_tensor` takes);
   - `gradient(pack, tensors, grads, rules, scale)`: grads[i] = scale * gradient, None left out;
-  - `accumulate(pack, tensors, rules, scale) -> (value, present)`: .grad += scale * gradient where
-    there is one; how many there were;
+  - `accumulate(pack, tensors, rules, scale) -> (value, of_rules, present)`: .grad += scale *
+    gradient where there is one; how many there were; [rules] each rule's value;
   - `prox(pack, tensors, rules, step)`: in place;
-  - `prox_in_metric(pack, tensors, metrics, rules) -> value`: in place, with a step of its own for
-    each element; the value of the new weights. Native CUDA does it tensor by tensor yet;
+  - `prox_in_metric(pack, tensors, metrics, rules) -> (value, of_rules)`: in place, with a step of
+    its own for each element; the values of the new weights. Native CUDA does it tensor by tensor
+    yet;
   - `stats(pack, tensors)`: [rows, 5] float64, the columns of `reference.stats`.
 """

@@ -191,7 +191,7 @@ class CudaBackend:
     ) -> tuple[Tensor, Tensor]:
         out = self._out(pack)
         self._sweep("value", pack, tensors, "plain", out, _strengths(rules, pack))
-        return self._value(pack, out), out[1:-1].view(len(rules), -1)
+        return self._value(pack, out), self._parts(pack, out)[0].view(len(rules), -1)
 
     def gradient(
         self,
@@ -208,7 +208,7 @@ class CudaBackend:
 
     def accumulate(
         self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty], scale: float | Tensor
-    ) -> tuple[Tensor, int]:
+    ) -> tuple[Tensor, Tensor, int]:
         out = self._out(pack)
         strengths = _strengths(rules, pack)
         present, others = self._sweep(
@@ -216,7 +216,7 @@ class CudaBackend:
         )
         for i in others:
             add_gradient(pack.penalty(i, rules), tensors[i], scale)
-        return self._value(pack, out), present
+        return self._value(pack, out), self._parts(pack, out)[1], present
 
     def prox(
         self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty], step: float | Tensor
@@ -235,9 +235,16 @@ class CudaBackend:
         return out
 
     def _out(self, pack: Pack) -> Tensor:
-        """[1 + rules * max_sums + 1]: the value, each rule's sums, the value as float32."""
-        size = 2 + len(pack.penalties) * load().max_sums
+        """[1 + rules * max_sums + rules + 1]: the value, each rule's sums, each rule's value, the
+        value as float32."""
+        size = 2 + len(pack.penalties) * (load().max_sums + 1)
         return torch.empty(size, dtype=torch.float64, device=pack.device)
+
+    def _parts(self, pack: Pack, out: Tensor) -> tuple[Tensor, Tensor]:
+        """The sums and the rules' values of such an `out`."""
+        rules = len(pack.penalties)
+        _, sums, values, _ = out.split([1, rules * load().max_sums, rules, 1])
+        return sums, values
 
     def _value(self, pack: Pack, out: Tensor) -> Tensor:
         """As float32 if no tensor is float64: that saves a launch to convert it."""

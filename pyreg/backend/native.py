@@ -105,15 +105,15 @@ class NativeBackend:
         rules: Sequence[Penalty],
         scale: float | Tensor,
         keep_gil: bool = False,
-    ) -> tuple[float, int]:
+    ) -> tuple[float, list[float], int]:
         """`keep_gil`: let no other Python thread run meanwhile."""
         strengths = self._strengths(rules)
-        value, present, others = self._sweep(
+        value, of_rules, present, others = self._sweep(
             "accumulate", pack, tensors, strengths, float(scale), keep_gil
         )
         for i in others:
             add_gradient(pack.penalty(i, rules), tensors[i], scale)
-        return value, present
+        return value, of_rules, present
 
     def prox(
         self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty], step: float | Tensor
@@ -128,8 +128,8 @@ class NativeBackend:
         tensors: list[Tensor],
         metrics: Sequence[Metric],
         rules: Sequence[Penalty],
-    ) -> Tensor:
-        value, others = self._sweep(
+    ) -> tuple[float, list[float]]:
+        value, of_rules, others = self._sweep(
             "prox_in_metric",
             pack,
             tensors,
@@ -141,9 +141,11 @@ class NativeBackend:
         for i in others:
             apply_prox_in_metric(pack.penalty(i, rules), tensors[i], metrics[i])
         for i in others:
-            value += pack.penalty(i, rules).value(tensors[i]).item()
+            own = pack.penalty(i, rules).value(tensors[i]).item()
+            value += own
+            of_rules[pack.rule_of[i]] += own
         torch.autograd.graph.increment_version(tensors)
-        return torch.tensor(value, dtype=torch.float64, device=pack.device)
+        return value, of_rules
 
     def stats(self, pack: Pack, tensors: list[Tensor]) -> Tensor:
         rows = self._sweep("stats", pack, tensors)

@@ -32,8 +32,7 @@ class TorchBackend:
         self, pack: Pack, tensors: Sequence[Tensor], rules: Sequence[Penalty]
     ) -> Tensor:
         """The value as a graph of torch operations: 0-dim float64."""
-        terms = [pack.penalty(i, rules).value(t) for i, t in enumerate(tensors)]
-        return torch.stack([term.double() for term in terms]).sum()
+        return torch.stack(_terms(pack, tensors, rules)).sum()
 
     def value(
         self, pack: Pack, tensors: Sequence[Tensor], rules: Sequence[Penalty]
@@ -60,14 +59,14 @@ class TorchBackend:
         tensors: Sequence[Tensor],
         rules: Sequence[Penalty],
         scale: float | Tensor,
-    ) -> tuple[Tensor, int]:
-        value, _ = self.value(pack, tensors, rules)
+    ) -> tuple[Tensor, Tensor, int]:
+        value, of_rules = _values(pack, tensors, rules)
         present = 0
         for i, t in enumerate(tensors):
             if t.grad is not None:
                 add_gradient(pack.penalty(i, rules), t, scale)
                 present += 1
-        return value, present
+        return value, of_rules, present
 
     def prox(
         self, pack: Pack, tensors: Sequence[Tensor], rules: Sequence[Penalty], step: float | Tensor
@@ -81,15 +80,33 @@ class TorchBackend:
         tensors: Sequence[Tensor],
         metrics: Sequence[Metric],
         rules: Sequence[Penalty],
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """By the formulas on every device, tensor by tensor. Native CUDA has no other yet."""
         _check(pack, tensors)
         for i, (t, metric) in enumerate(zip(tensors, metrics, strict=True)):
             apply_prox_in_metric(pack.penalty(i, rules), t, metric)
-        return self.value(pack, tensors, rules)[0]
+        return _values(pack, tensors, rules)
 
     def stats(self, pack: Pack, tensors: Sequence[Tensor]) -> Tensor:
         return torch.stack([reference.stats(t) for t in tensors])
+
+
+def _terms(pack: Pack, tensors: Sequence[Tensor], rules: Sequence[Penalty]) -> list[Tensor]:
+    """Each tensor's part of the value."""
+    return [pack.penalty(i, rules).value(t).double() for i, t in enumerate(tensors)]
+
+
+def _values(
+    pack: Pack, tensors: Sequence[Tensor], rules: Sequence[Penalty]
+) -> tuple[Tensor, Tensor]:
+    """The value and [rules] each rule's."""
+    with torch.no_grad():
+        terms = _terms(pack, tensors, rules)
+        zero = torch.zeros((), dtype=torch.float64, device=pack.device)
+        of_rules: list[list[Tensor]] = [[zero] for _ in rules]
+        for rule, term in zip(pack.rule_of, terms, strict=True):
+            of_rules[rule].append(term)
+        return torch.stack(terms).sum(), torch.stack([torch.stack(t).sum() for t in of_rules])
 
 
 def _check(pack: Pack, tensors: Sequence[Tensor]) -> None:

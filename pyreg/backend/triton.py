@@ -109,15 +109,15 @@ class TritonBackend:
 
     def accumulate(
         self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty], scale: float | Tensor
-    ) -> tuple[Tensor, int]:
+    ) -> tuple[Tensor, Tensor, int]:
         state = self._state(pack, tensors)
         shown = state.look.with_own_gradients(tensors)
         strengths = self._strengths(state, pack, rules)
         scale = _on_device(scale, pack)
-        value = state.layout.accumulate(shown.tensors, shown.gradients, strengths, scale)
+        values = state.layout.accumulate(shown.tensors, shown.gradients, strengths, scale)
         for i in shown.others:
             add_gradient(pack.penalty(i, rules), tensors[i], scale)
-        return value, shown.present
+        return values[0], values[1:], shown.present
 
     def prox(
         self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty], step: float | Tensor
@@ -136,10 +136,10 @@ class TritonBackend:
         tensors: list[Tensor],
         metrics: Sequence[Metric],
         rules: Sequence[Penalty],
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         state = self._state(pack, tensors)
         shown = state.look.with_moments(tensors, [m.moment for m in metrics])
-        value = state.layout.prox_in_metric(
+        values = state.layout.prox_in_metric(
             shown.tensors,
             shown.moments,
             shown.float32,
@@ -151,8 +151,10 @@ class TritonBackend:
         torch.autograd.graph.increment_version(tensors)
         with torch.no_grad():
             for i in shown.others:
-                value += pack.penalty(i, rules).value(tensors[i])
-        return value
+                own = pack.penalty(i, rules).value(tensors[i])
+                values[0] += own
+                values[1 + pack.rule_of[i]] += own
+        return values[0], values[1:]
 
     def stats(self, pack: Pack, tensors: list[Tensor]) -> Tensor:
         state = self._state(pack, tensors)
