@@ -93,8 +93,8 @@ class Layout {
   }
 
   // The same with a step for each element. moments are as Look::with_moments takes them; numbers is
-  // [rows][3] (numerator, factor, offset). Returns the value of the new weights, each rule's, and the
-  // rows left to the caller, which are not in the values.
+  // [rows][3] (numerator, factor, offset). Returns the value of the new weights, each rule's, and
+  // the rows left to the caller, which are not in the values.
   py::tuple prox_in_metric(const py::list& tensors, const py::list& moments,
                            const std::vector<double>& numbers, const std::vector<bool>& root,
                            const std::vector<double>& strengths, int threads) {
