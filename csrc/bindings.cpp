@@ -60,7 +60,7 @@ class Layout {
   // Adds to each tensor's .grad. Returns the value, each rule's, how many gradients there were, and
   // the rows left to the caller, which are counted in the values.
   py::tuple accumulate(const py::list& tensors, const std::vector<double>& strengths, double scale,
-                       bool keep_gil, int threads) {
+                       int threads, bool keep_gil) {
     check_strengths(strengths);
     TensorReader reader;
     const Shown shown = look_.with_own_gradients(tensors, reader);
@@ -249,7 +249,7 @@ PYBIND11_MODULE(_native, m) {
       .def("gradient", &Layout::gradient, py::arg("tensors"), py::arg("grads"),
            py::arg("strengths"), py::arg("scale"), py::arg("threads"))
       .def("accumulate", &Layout::accumulate, py::arg("tensors"), py::arg("strengths"),
-           py::arg("scale"), py::arg("keep_gil"), py::arg("threads"))
+           py::arg("scale"), py::arg("threads"), py::arg("keep_gil") = false)
       .def("prox", &Layout::prox, py::arg("tensors"), py::arg("strengths"), py::arg("step"),
            py::arg("threads"))
       .def("prox_in_metric", &Layout::prox_in_metric, py::arg("tensors"), py::arg("moments"),

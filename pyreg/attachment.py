@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .regularizer import Regularizer
 
 Mode = Literal["grad", "prox"]
+Coupling = Literal["lr", "schedule", "none"]
 
 
 def untraced(hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -39,7 +40,9 @@ def untraced(hook: Callable[..., Any]) -> Callable[..., Any]:
 class Attachment:
     """What `Regularizer.attach` leaves in the optimizer; `detach()` takes it out again."""
 
-    def __init__(self, reg: Regularizer, optimizer: Optimizer, mode: Mode, metric: str) -> None:
+    def __init__(
+        self, reg: Regularizer, optimizer: Optimizer, mode: Mode, metric: str, coupling: Coupling
+    ) -> None:
         if not hasattr(optimizer, "register_step_pre_hook"):
             raise TypeError(
                 "optimizer: expected a torch.optim.Optimizer or one with the same step hooks, got "
@@ -49,6 +52,13 @@ class Attachment:
             raise ValueError(f"mode: expected 'grad' or 'prox', got {mode!r}")
         if metric not in ("optimizer", "identity"):
             raise ValueError(f"metric: expected 'optimizer' or 'identity', got {metric!r}")
+        if coupling not in ("lr", "schedule", "none"):
+            raise ValueError(f"coupling: expected 'lr', 'schedule' or 'none', got {coupling!r}")
+        if coupling != "lr" and mode == "grad":
+            raise ValueError(
+                "mode='grad' is coupled to the learning rate, by which the optimizer multiplies "
+                f"every gradient; coupling={coupling!r} is for mode='prox'"
+            )
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError(
                 "LBFGS evaluates its objective several times a step, with a line search on its "
@@ -56,6 +66,9 @@ class Attachment:
             )
         self.reg, self.optimizer, self.mode = reg, optimizer, mode
         self._check_held()
+        self._coupling = coupling
+        for group in optimizer.param_groups:
+            _rate(coupling, group)
         if mode == "grad":
             reg.check_differentiable()
             self._handles = [optimizer.register_step_pre_hook(untraced(self._before))]
@@ -112,7 +125,10 @@ class Attachment:
     def _metric_of_rows(self) -> Callable[[Tensor], Metric | None]:
         """Each parameter's metric; None for one that this step did not move."""
         skipped = getattr(self.optimizer, "found_inf", None)
-        groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        groups = {}
+        for group in self.optimizer.param_groups:
+            with_rate = {**group, "lr": _rate(self._coupling, group)}
+            groups |= {id(p): with_rate for p in group["params"]}
 
         def metric(p: Tensor) -> Metric | None:
             group, state = groups.get(id(p)), self.optimizer.state.get(p)
@@ -128,3 +144,17 @@ class Attachment:
             return found._replace(numerator=found.numerator * moved)
 
         return metric
+
+
+def _rate(coupling: Coupling, group: dict[str, Any]) -> float | Tensor:
+    """What takes the place of a param group's learning rate in the proximal step."""
+    lr = group["lr"]
+    if coupling == "lr":
+        return lr
+    if coupling == "none":
+        return 1.0
+    # Where torch's own schedulers keep it: so it is saved and loaded with the optimizer.
+    first = group.setdefault("initial_lr", lr.clone() if isinstance(lr, Tensor) else lr)
+    if not (isinstance(first, Tensor) and first.device.type != "cpu") and first == 0:
+        raise ValueError("coupling='schedule': a param group's initial_lr is 0")
+    return lr / first

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import autograd, ops, sweeps
-from .attachment import Attachment, Mode
+from .attachment import Attachment, Coupling, Mode
 from .coverage import Coverage, Covered, report_rules, resolve
 from .dispatch import choose
 from .look import Slots, require_grad, unchanged
@@ -167,7 +167,12 @@ class Regularizer:
             sweeps.prox(group.packs, group.tensors, self._penalties, step, group.label)
 
     def attach(
-        self, optimizer: Optimizer, mode: Mode = "grad", metric: str = "optimizer"
+        self,
+        optimizer: Optimizer,
+        mode: Mode = "grad",
+        metric: str = "optimizer",
+        *,
+        coupling: Coupling = "lr",
     ) -> Attachment:
         """From now on, penalise in every `optimizer.step()`: once per step, whatever led to it.
 
@@ -183,6 +188,11 @@ class Regularizer:
         that the fixed point solves the stated problem. metric="identity": D = 1, the decoupled
         form; under an adaptive optimizer weight i is then penalised with strength lam * D_i.
 
+        coupling says what stands for lr in that step. "lr": the group's learning rate now, which
+        solves the stated problem. "schedule": lr / initial_lr, as in decoupled weight decay: the
+        penalty follows the learning rate's schedule, and is independent of where that began.
+        "none": 1, whatever the learning rate: for L1 and D = 1, every step takes lam off.
+
         Each param group's own lr counts; a step that a GradScaler skips changes nothing, and a
         parameter without a gradient is left alone. `last_value` then holds the latest values. Not
         to be combined with reg() in the loss, which would count twice.
@@ -190,24 +200,26 @@ class Regularizer:
         Args:
             optimizer: one of torch.optim, or with the same step hooks. It must hold every penalised
                 parameter that is not frozen.
+            coupling: for mode="prox"; the gradient of mode="grad" is always multiplied by lr.
 
         Returns:
             The attachment, whose `detach()` ends it, as `Regularizer.detach()` does.
 
         Raises:
             ValueError: already attached; a penalised parameter (named) is not the optimizer's; an
-                unknown mode or metric; LBFGS.
+                unknown mode, metric or coupling; LBFGS.
             TypeError: no optimizer, or one without step hooks.
 
         Source: Yun, Lozano, Yang (2021), "Adaptive proximal gradient methods for structured neural
         networks"; Duchi & Singer (2009), "Efficient online and batch learning using forward
-        backward splitting", for D = 1.
+        backward splitting", for D = 1; Loshchilov & Hutter (2019), "Decoupled weight decay
+        regularization", for "schedule".
         """
         if self._attachment is not None:
             raise ValueError(
                 f"already attached to {type(self._attachment.optimizer).__name__}; detach() first"
             )
-        self._attachment = Attachment(self, optimizer, mode, metric)
+        self._attachment = Attachment(self, optimizer, mode, metric, coupling)
         return self._attachment
 
     def detach(self) -> None:

@@ -195,9 +195,9 @@ thread = threading.Thread(target=lambda: (go.wait(), ran.set()))
 thread.start()
 sys.setswitchinterval(1000)  # no switch but where the GIL is let go
 go.set()
-layout.accumulate(ps, [1.0, 0.0], 1.0, True, 2)
+layout.accumulate(ps, [1.0, 0.0], 1.0, 2, keep_gil=True)
 kept = not ran.is_set()
-layout.accumulate(ps, [1.0, 0.0], 1.0, False, 2)
+layout.accumulate(ps, [1.0, 0.0], 1.0, 2)
 print(kept, ran.wait(60))
 thread.join()
 """).split() == ["True", "True"]

@@ -175,6 +175,94 @@ def test_training(backend, kind, mode, way):
         torch.testing.assert_close(reg.last_value["*.weight"], value, rtol=1e-14, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["sgd", "adam", "adam lr tensor", "radam", "adagrad", "adamax"])
+@pytest.mark.parametrize("coupling", ["lr", "schedule", "none"])
+def test_a_coupling_stands_for_the_learning_rate(backend, monkeypatch, kind, coupling):
+    """Under a schedule of the learning rates, each group's its own."""
+    module = net()
+    optimizer = make(kind, module)
+    first = [float(group["lr"]) for group in optimizer.param_groups]
+    penalty, moved = pyreg.L1(0.01), []
+    reg = pyreg.Regularizer(module, penalty, exclude=["*.bias"])
+    prox = reg._prox
+
+    def watched(metric):
+        moved[:] = [w.detach().clone() for w in penalised(module)]
+        prox(metric)
+
+    monkeypatch.setattr(reg, "_prox", watched)
+    reg.attach(optimizer, "prox", coupling=coupling)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    for k in range(4):
+        for p in module.parameters():
+            p.grad = torch.full_like(p, 0.1 + k)
+        optimizer.step()
+        for i, (w, x) in enumerate(zip(penalised(module), moved, strict=True)):
+            rate = {"lr": first[i] * 0.5**k, "schedule": 0.5**k, "none": 1.0}[coupling]
+            group = {**optimizer.param_groups[i], "lr": rate}
+            step = step_of(kind, group, optimizer.state[w], x)
+            torch.testing.assert_close(w.detach(), penalty.prox(x, step), rtol=1e-10, atol=1e-14)
+        scheduler.step()
+
+
+def test_bad_couplings():
+    module = net()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    reg = pyreg.Regularizer(module, pyreg.L1(0.1))
+    for mode, coupling, message in (
+        ("prox", "rate", "expected 'lr', 'schedule' or 'none', got 'rate'"),
+        ("grad", "none", "mode='grad' is coupled to the learning rate"),
+        ("prox", "schedule", "initial_lr is 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            reg.attach(optimizer, mode, coupling=coupling)
+    reg.attach(optimizer)  # nothing was left behind
+
+
+@pytest.mark.parametrize("mode", ["grad", "prox"])
+def test_the_last_value_of_each_rule(native, mode):
+    """Over several packs, from the strengths of that step: of the weights before it, or after."""
+    module = net()
+    w = module[0].weight  # not dense: a pack of its own
+    w.data = torch.zeros(w.shape[0], 2 * w.shape[1], dtype=w.dtype)[:, ::2].copy_(w.data)
+    lam = torch.tensor(0.2, dtype=torch.float64)
+    rules = {
+        "0.weight": pyreg.L1(lam),
+        "2.weight": pyreg.L2(0.5, anchor=torch.ones_like(module[2].weight)),
+        "*.bias": pyreg.MCP(0.3, 2.0),
+        "*": pyreg.L1(1.0),
+    }
+    reg = pyreg.Regularizer(module, rules)
+    assert reg.last_value is None
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.05)
+    reg.attach(optimizer, mode)
+    for p in module.parameters():
+        p.grad = torch.ones_like(p)
+    before = copy.deepcopy(module)
+    optimizer.step()
+    of = dict((before if mode == "grad" else module).named_parameters())
+    expected = {
+        "0.weight": 0.2 * of["0.weight"].abs().sum(),
+        "2.weight": 0.5 * (of["2.weight"] - 1).square().sum(),
+        "*.bias": sum(pyreg.MCP(0.3, 2.0).value(p) for n, p in of.items() if n.endswith("bias")),
+        "*": torch.zeros((), dtype=torch.float64),
+    }
+    lam.fill_(7.0)
+    assert list(reg.last_value) == list(rules)
+    for pattern, value in reg.last_value.items():
+        torch.testing.assert_close(value, expected[pattern].detach(), rtol=1e-13, atol=0)
+
+
+def test_the_last_value_where_all_are_frozen(backend):
+    module = net().requires_grad_(False)
+    reg = pyreg.Regularizer(module, {"0.*": pyreg.L1(1.0), "*": pyreg.L2(1.0)})
+    reg.accumulate_()
+    assert {pattern: value.item() for pattern, value in reg.last_value.items()} == {
+        "0.*": 0.0,
+        "*": 0.0,
+    }
+
+
 @pytest.mark.parametrize("mode", ["grad", "prox"])
 def test_a_compiled_step(native, mode):
     """The hooks run, and are neither traced nor compiled anew.

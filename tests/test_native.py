@@ -242,7 +242,7 @@ def test_a_layout_refuses_a_gradient_of_another_kind(native, exchange_api):
             layout.gradient(w, [good, bad], strengths, 1.0, 1)
         assert not good.any()
     w[0].grad = torch.zeros(4, 6).t()
-    value, of_rules, present, others = layout.accumulate(w, strengths, 1.0, False, 1)
+    value, of_rules, present, others = layout.accumulate(w, strengths, 1.0, 1)
     assert (value, of_rules, present, others) == (27.0, [27.0], 1, [0])
     assert not w[0].grad.any()
     with pytest.raises(ValueError, match="strengths"):

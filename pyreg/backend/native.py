@@ -65,11 +65,11 @@ class NativeBackend:
         padded = [(*rule.strengths, *[0.0] * (width - len(rule.strengths))) for rule in rules]
         return [float(s) for row in padded for s in row]
 
-    def _sweep(self, verb: str, pack: Pack, tensors: list[Tensor], *args):
+    def _sweep(self, verb: str, pack: Pack, tensors: list[Tensor], *args, **options):
         native = load()
         layout = self._layout(pack, tensors)
         try:
-            return getattr(layout, verb)(tensors, *args, torch.get_num_threads())
+            return getattr(layout, verb)(tensors, *args, torch.get_num_threads(), **options)
         except native.StaleLayout as error:
             raise StaleLayout(str(error)) from None
         except native.GradientMismatch:
@@ -109,7 +109,7 @@ class NativeBackend:
         """`keep_gil`: let no other Python thread run meanwhile."""
         strengths = self._strengths(rules)
         value, of_rules, present, others = self._sweep(
-            "accumulate", pack, tensors, strengths, float(scale), keep_gil
+            "accumulate", pack, tensors, strengths, float(scale), keep_gil=keep_gil
         )
         for i in others:
             add_gradient(pack.penalty(i, rules), tensors[i], scale)
