@@ -228,6 +228,10 @@ def geometry(t: Tensor) -> tuple[torch.dtype, torch.Size, tuple[int, ...]]:
     return t.dtype, t.shape, t.stride()
 
 
+def dtypes(pair: Pair) -> tuple[torch.dtype | None, ...]:
+    return tuple(None if t is None else t.dtype for t in pair)
+
+
 @dataclass(eq=False)
 class Pack:
     """The tensors of one device and one kind (regular or not), laid out for a sweep."""
@@ -239,6 +243,7 @@ class Pack:
     geometry: list[tuple[torch.dtype, torch.Size, tuple[int, ...]]]  # [rows] dtype, shape, strides
     irregular: str | None  # why only the torch backend can serve; None if the rows are regular
     anchors: list[Pair] | None = None  # [rows] held; None if no row has any
+    anchor_dtypes: list[tuple[torch.dtype | None, ...]] = field(default_factory=list)
     layouts: dict[str, Any] = field(default_factory=dict)  # what each backend keeps for the pack
 
     def take(self, items: Sequence[Any]) -> list[Any]:
@@ -258,8 +263,12 @@ class Pack:
     def check_rows(self, tensors: Sequence[Tensor]) -> None:
         """Raise StaleLayout unless the rows are what they were."""
         if list(map(geometry, tensors)) != self.geometry or any(
-            t.device != self.device for t in tensors
+            t.device != self.device or is_freed(t) for t in tensors
         ):
+            raise StaleLayout
+        if self.irregular is None and any(t.is_neg() for t in tensors):
+            raise StaleLayout
+        if list(map(dtypes, self.anchors or ())) != self.anchor_dtypes:
             raise StaleLayout
         for pair, t in zip(self.anchors or (), tensors, strict=self.anchors is not None):
             beside = [b for b in pair if b is not None]
@@ -321,6 +330,7 @@ def build(
             pack = packs[key] = Pack(t.device, [], [], penalties, [], why, kept)
         if anchored:
             pack.anchors.append(pair)
+            pack.anchor_dtypes.append(dtypes(pair))
         pack.rows.append(i)
         pack.rule_of.append(rule_of[i])
         pack.geometry.append(geometry(t))

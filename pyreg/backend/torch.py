@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..metric import Metric
-from ..pack import Pack, StaleLayout, is_freed
+from ..pack import Pack
 from ..penalties import Penalty
 
 
@@ -26,7 +26,7 @@ class TorchBackend:
         return None
 
     def check(self, pack: Pack, tensors: Sequence[Tensor]) -> None:
-        _check(pack, tensors)
+        pack.check_rows(tensors)
 
     def differentiable_value(
         self, pack: Pack, tensors: Sequence[Tensor], rules: Sequence[Penalty]
@@ -83,19 +83,13 @@ class TorchBackend:
         rules: Sequence[Penalty],
     ) -> Tensor:
         """By the formulas on every device, tensor by tensor. Native CUDA has no other yet."""
-        _check(pack, tensors)
+        pack.check_rows(tensors)
         for i, (t, metric) in enumerate(zip(tensors, metrics, strict=True)):
             apply_prox_in_metric(pack.penalty(i, rules), t, metric)
         return self.value(pack, tensors, rules)[0]
 
     def stats(self, pack: Pack, tensors: Sequence[Tensor]) -> Tensor:
         return torch.stack([reference.stats(t) for t in tensors])
-
-
-def _check(pack: Pack, tensors: Sequence[Tensor]) -> None:
-    pack.check_rows(tensors)
-    if any(map(is_freed, tensors)):
-        raise StaleLayout
 
 
 def _scaled_gradient(penalty: Penalty, w: Tensor, scale: float | Tensor) -> Tensor:
