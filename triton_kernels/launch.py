@@ -25,9 +25,9 @@ DTYPES = {
     torch.float16: tl.float16,
 }
 PARTIALS = 16384  # numbers aimed at: 128 KiB; many groups take at most twice that
-# Registers of a thread on NVIDIA, at which no sweep spills. They say how many programs a
-# multiprocessor (65,536 registers) runs at a time, which is the grid: a second wave would leave
-# most of the device idle at the end.
+# Registers of a thread on NVIDIA, at which no sweep spills but LogSum's, and proxes of float64 with
+# anchors. They say how many programs a multiprocessor (65,536 registers) runs at a time, which is
+# the grid: a second wave would leave most of the device idle at the end.
 REGISTERS = {
     "value": 96,
     "gradient": 96,
