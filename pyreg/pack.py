@@ -8,9 +8,11 @@ stale pointer behind.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -188,9 +190,26 @@ def share_memory(a: Tensor, b: Tensor) -> bool:
     return a_begin < b_end and b_begin < a_end
 
 
+def sharing(tensors: Sequence[Tensor]) -> Callable[[Tensor | None], bool]:
+    """Whether a tensor shares memory with any of these."""
+    extents = sorted(_extent(t) for t in tensors if _has_address(t) and t.numel() > 0)
+    begins = [begin for begin, _ in extents]
+    reach = list(accumulate((end for _, end in extents), max))
+
+    def shares(t: Tensor | None) -> bool:
+        if t is None or not _has_address(t):
+            return False
+        begin, end = _extent(t)
+        before = bisect_left(begins, end)
+        return before > 0 and reach[before - 1] > begin
+
+    return shares
+
+
 def _has_address(t: Tensor) -> bool:
     return not (
         has_own_dispatch(t)
+        or t.layout != torch.strided
         or t.device.type == "meta"
         or torch._C._functorch.is_functorch_wrapped_tensor(t)
     )
@@ -312,6 +331,7 @@ def build(
         TypeError, ValueError: a tensor that cannot be penalised, by name.
     """
     packs: dict[tuple[torch.device, bool, bool], Pack] = {}
+    written = None if anchors is None else sharing(tensors)
     for i, t in enumerate(tensors):
         if type(t) not in (Tensor, nn.Parameter) or not _plainly_fine(t):
             check(t, label(i))
@@ -322,6 +342,8 @@ def build(
         if anchored:
             check_pair(pair, t, label(i))
             reason = reason or irregular_pair(pair, t)
+            if any(map(written, pair)):
+                reason = reason or "is measured from another parameter, which a prox would change"
         key = (t.device, reason is not None, anchored)
         pack = packs.get(key)
         if pack is None:

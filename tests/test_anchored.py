@@ -306,6 +306,18 @@ def test_parameters_that_share_memory(backend):
     assert buffer.tolist() == [2.0] * 10 + [1.5] * 10 + [2.0] * 10
 
 
+def test_parameters_that_are_each_others_anchors():
+    """One after the other: a sweep would read the one while it writes the other."""
+    params = {"a": torch.full((30,), 1.0), "b": torch.full((30,), 5.0), "c": torch.ones(30)}
+    anchor = {"a": params["b"], "b": params["a"], "c": torch.zeros(30)}
+    reg = Regularizer(params, L2(0.5, anchor=anchor), include_frozen=True)
+    native, formulas = reg.report().sweeps
+    assert native.startswith("1 tensors on cpu:")
+    assert "params[0] ('a') is measured from another parameter" in formulas
+    reg.prox_(1.0)
+    assert [t[7].item() for t in params.values()] == [3.0, 4.0, 0.5]
+
+
 def test_a_copy_goes_on_with_its_own_anchor():
     reg = Regularizer({"w": torch.ones(5)}, L2(1.0, anchor={"w": torch.zeros(5)}), include_frozen=1)
     for other in (copy.deepcopy(reg), pickle.loads(pickle.dumps(reg))):
