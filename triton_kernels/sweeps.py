@@ -10,7 +10,7 @@ order. So the bits depend neither on the grid nor on the order of events; only w
 A thread adds up its elements of a chunk in the compute dtype, WIDTH in a row and DEPTH of those,
 and goes on in float64. Each element passes at most DEPTH + WIDTH - 2 <= 15 additions and one
 multiplication: a float32 sum of non-negative terms is within 16 * 2^-24 < 1e-6 of the exact one in
-the worst case.
+the worst case. Where rows are anchored, w - origin and the weight are a rounding more each.
 """
 
 from __future__ import annotations
