@@ -19,27 +19,20 @@ namespace {
 
 class Layout {
  public:
-  using Pairs = std::vector<std::pair<py::object, py::object>>;
-
-  // anchors: [(origin, weight), ...], tensors or None, one pair per row; or None for no anchors.
   Layout(const py::list& tensors, const std::vector<int>& rule_of,
-         const std::vector<std::string>& penalties, std::optional<Pairs> anchors)
-      : look_(tensors, rule_of, /*CPU*/ 1, 0),
-        table_(look_.rows(), penalty_indices(penalties, kPenaltyNames)),
-        anchors_(std::move(anchors)) {
-    if (anchors_ && anchors_->size() != rule_of.size())
-      throw py::value_error("one anchor per tensor");
-  }
+         const std::vector<std::string>& penalties, Pairs anchors)
+      : look_(tensors, rule_of, /*CPU*/ 1, 0, std::move(anchors)),
+        table_(look_.rows(), penalty_indices(penalties, kPenaltyNames)) {}
 
   py::tuple value(const py::list& tensors, const std::vector<double>& strengths, int threads) {
     check_strengths(strengths);
     TensorReader reader;
     const Pointers w = look_.tensors(tensors, reader);
-    const Anchors anchors = look_at_anchors(w, reader);
+    const std::vector<Anchor> anchors = look_.anchors(reader);
     std::vector<double> sums = make_sums();
     {
       py::gil_scoped_release release;
-      cpu::value(table_, w.data(), strengths.data(), sums.data(), threads, anchors.get());
+      cpu::value(table_, w.data(), strengths.data(), sums.data(), threads, pointer(anchors));
     }
     return py::make_tuple(value_from_sums(table_, sums.data(), strengths.data()), sums);
   }
@@ -51,10 +44,10 @@ class Layout {
     const Shown shown = look_.with_gradients(tensors, grads, reader);
     if (!shown.others.empty())
       throw py::value_error("a gradient has other strides than its tensor");
-    const Anchors anchors = look_at_anchors(shown.w, reader);
+    const std::vector<Anchor> anchors = look_.anchors(reader);
     py::gil_scoped_release release;
     cpu::gradient(table_, shown.w.data(), shown.g.data(), strengths.data(), scale, threads,
-                  anchors.get());
+                  pointer(anchors));
   }
 
   // Adds to each tensor's .grad. Returns the value, each rule's, how many gradients there were, and
@@ -64,13 +57,13 @@ class Layout {
     check_strengths(strengths);
     TensorReader reader;
     const Shown shown = look_.with_own_gradients(tensors, reader);
-    const Anchors anchors = look_at_anchors(shown.w, reader);
+    const std::vector<Anchor> anchors = look_.anchors(reader);
     std::vector<double> sums = make_sums();
     {
       std::optional<py::gil_scoped_release> release;
       if (!keep_gil) release.emplace();
       cpu::accumulate(table_, shown.w.data(), shown.g.data(), strengths.data(), scale, sums.data(),
-                      threads, anchors.get());
+                      threads, pointer(anchors));
     }
     return py::make_tuple(value_from_sums(table_, sums.data(), strengths.data()),
                           values_from_sums(table_, sums.data(), strengths.data()), shown.present,
@@ -84,10 +77,10 @@ class Layout {
     TensorReader reader;
     std::vector<int64_t> others;
     const Pointers w = look_.separate_tensors(tensors, reader, others);
-    const Anchors anchors = look_at_anchors(w, reader);
+    const std::vector<Anchor> anchors = look_.anchors(reader);
     {
       py::gil_scoped_release release;
-      cpu::prox(table_, w.data(), strengths.data(), step, threads, anchors.get());
+      cpu::prox(table_, w.data(), strengths.data(), step, threads, pointer(anchors));
     }
     return others;
   }
@@ -108,12 +101,12 @@ class Layout {
     for (size_t i = 0; i < rows; ++i)
       metrics[i] = {beside.moments[i], beside.float32[i] != 0, root[i],
                     numbers[3 * i],    numbers[3 * i + 1],     numbers[3 * i + 2]};
-    const Anchors anchors = look_at_anchors(beside.w, reader);
+    const std::vector<Anchor> anchors = look_.anchors(reader);
     std::vector<double> sums = make_sums();
     {
       py::gil_scoped_release release;
       cpu::prox_in_metric(table_, beside.w.data(), metrics.data(), strengths.data(), sums.data(),
-                          threads, anchors.get());
+                          threads, pointer(anchors));
     }
     return py::make_tuple(value_from_sums(table_, sums.data(), strengths.data()),
                           values_from_sums(table_, sums.data(), strengths.data()), beside.others);
@@ -146,37 +139,12 @@ class Layout {
     return std::vector<double>(table_.penalties().size() * kMaxSums);
   }
 
-  // The anchors of one call, or none.
-  struct Anchors {
-    std::vector<Anchor> rows;
-    bool any = false;
-    const Anchor* get() const { return any ? rows.data() : nullptr; }
-  };
-
-  Anchors look_at_anchors(const Pointers& w, TensorReader& reader) {
-    Anchors anchors;
-    if (!anchors_) return anchors;
-    anchors.any = true;
-    for (size_t i = 0; i < anchors_->size(); ++i) {
-      const auto& [origin, weight] = (*anchors_)[i];
-      const TensorView from = look_.origin(i, origin.ptr(), reader);
-      const TensorView times = look_.weight(i, weight.ptr(), reader);
-      if (w[i] != nullptr && (from.data == w[i] || times.data == w[i]) &&
-          table_.rows()[i].numel > 0)
-        throw StaleLayout("row " + std::to_string(i) + " is its own anchor");
-      Anchor anchor;
-      anchor.origin = from.data;
-      anchor.weight = times.data;
-      anchor.origin_dtype = from.dtype.value_or(DType::kFloat32);
-      anchor.weight_dtype = times.dtype.value_or(DType::kFloat32);
-      anchors.rows.push_back(anchor);
-    }
-    return anchors;
+  static const Anchor* pointer(const std::vector<Anchor>& anchors) {
+    return anchors.empty() ? nullptr : anchors.data();
   }
 
   Look look_;
   Table table_;
-  std::optional<Pairs> anchors_;
 };
 
 // Addresses as int64 in one piece, to be compared and copied at once.
@@ -186,10 +154,11 @@ py::bytes as_bytes(const Pointers& pointers) {
 }
 
 // Tensors of the first one's device.
-Look look_at(const py::list& tensors) {
+Look look_at(const py::list& tensors, Pairs anchors) {
   TensorReader reader;
   const TensorView first = reader.read(py::object(tensors[0]).ptr());
-  return {tensors, std::vector<int>(py::len(tensors)), first.device_type, first.device_index};
+  return {tensors, std::vector<int>(py::len(tensors)), first.device_type, first.device_index,
+          std::move(anchors)};
 }
 
 py::bytes tensors(Look& look, const py::list& tensors) {
@@ -202,6 +171,16 @@ py::tuple separate_tensors(Look& look, const py::list& tensors) {
   std::vector<int64_t> others;
   const Pointers w = look.separate_tensors(tensors, reader, others);
   return py::make_tuple(as_bytes(w), others);
+}
+
+// [(origin, weight), ...] of each row, or nothing.
+py::bytes anchors(Look& look) {
+  TensorReader reader;
+  Pointers pointers;
+  for (const Anchor& anchor : look.anchors(reader))
+    for (const void* place : {anchor.origin, anchor.weight})
+      pointers.push_back(const_cast<void*>(place));
+  return as_bytes(pointers);
 }
 
 py::tuple with_moments(Look& look, const py::list& tensors, const py::list& moments) {
@@ -242,9 +221,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("unchanged", &pyreg::unchanged, py::arg("slots"));
   py::class_<Layout>(m, "Layout")
       .def(py::init<const py::list&, const std::vector<int>&, const std::vector<std::string>&,
-                    std::optional<Layout::Pairs>>(),
+                    pyreg::Pairs>(),
            py::arg("tensors"), py::arg("rule_of"), py::arg("penalties"),
-           py::arg("anchors") = py::none())
+           py::arg("anchors") = pyreg::Pairs{})
       .def("value", &Layout::value, py::arg("tensors"), py::arg("strengths"), py::arg("threads"))
       .def("gradient", &Layout::gradient, py::arg("tensors"), py::arg("grads"),
            py::arg("strengths"), py::arg("scale"), py::arg("threads"))
@@ -261,9 +240,10 @@ PYBIND11_MODULE(_native, m) {
       .def_readonly("present", &Shown::present)
       .def_readonly("others", &Shown::others);
   py::class_<Look>(m, "Look")
-      .def(py::init(&pyreg::look_at), py::arg("tensors"))
+      .def(py::init(&pyreg::look_at), py::arg("tensors"), py::arg("anchors") = pyreg::Pairs{})
       .def("tensors", &pyreg::tensors, py::arg("tensors"))
       .def("separate_tensors", &pyreg::separate_tensors, py::arg("tensors"))
+      .def("anchors", &pyreg::anchors)
       .def("with_moments", &pyreg::with_moments, py::arg("tensors"), py::arg("moments"))
       .def("with_gradients", &pyreg::with_gradients, py::arg("tensors"), py::arg("grads"))
       .def("with_own_gradients", &pyreg::with_own_gradients, py::arg("tensors"));

@@ -74,6 +74,10 @@ inline bool unchanged(const pybind11::list& slots) {
 
 using Pointers = std::vector<void*>;
 
+// What each row is measured from and weighted with, (origin, weight): tensors or None. One pair per
+// row, or no pairs at all.
+using Pairs = std::vector<std::pair<pybind11::object, pybind11::object>>;
+
 // The tensors and gradients of one call.
 struct Shown {
   Pointers w, g;
@@ -91,11 +95,12 @@ struct Beside {
 
 class Look {
  public:
-  // The tensors of one device, and each one's rule.
+  // The tensors of one device, each one's rule, and their anchors.
   Look(const pybind11::list& tensors, const std::vector<int>& rule_of, int device_type,
-       int device_index)
+       int device_index, Pairs pairs = {})
       : device_type_(device_type),
         device_index_(device_index),
+        pairs_(std::move(pairs)),
         weights_(rule_of.size()),
         gradients_(rule_of.size()),
         moments_(rule_of.size()),
@@ -103,7 +108,15 @@ class Look {
         masses_(rule_of.size()) {
     if (rule_of.size() != pybind11::len(tensors))
       throw pybind11::value_error("one rule per tensor");
+    if (!pairs_.empty() && pairs_.size() != rule_of.size())
+      throw pybind11::value_error("one anchor per tensor");
     TensorReader reader;
+    for (const auto& [origin, weight] : pairs_) {
+      Anchor anchor;
+      if (!origin.is_none()) anchor.origin_dtype = dtype_of(origin, reader);
+      if (!weight.is_none()) anchor.weight_dtype = dtype_of(weight, reader);
+      anchors_.push_back(anchor);
+    }
     for (size_t i = 0; i < rule_of.size(); ++i) {
       const TensorView view = reader.read(PyList_GET_ITEM(tensors.ptr(), i));
       if (!is_here(view) || !view.dtype)
@@ -170,13 +183,16 @@ class Look {
     return beside;
   }
 
-  // What row i's penalty is measured from and weighted with: tensors of its shape and strides, in
-  // any swept dtype, or None.
-  TensorView origin(size_t i, PyObject* tensor, TensorReader& reader) {
-    return beside(i, tensor, reader, origins_);
-  }
-  TensorView weight(size_t i, PyObject* tensor, TensorReader& reader) {
-    return beside(i, tensor, reader, masses_);
+  // Where the anchors are now, if there are any: tensors of their row's shape and strides, in any
+  // swept dtype. To be asked after the tensors, which must lie elsewhere.
+  std::vector<Anchor> anchors(TensorReader& reader) {
+    std::vector<Anchor> found = anchors_;
+    for (size_t i = 0; i < found.size(); ++i) {
+      Anchor& anchor = found[i];
+      anchor.origin = beside(i, pairs_[i].first.ptr(), anchor.origin_dtype, origins_, reader);
+      anchor.weight = beside(i, pairs_[i].second.ptr(), anchor.weight_dtype, masses_, reader);
+    }
+    return found;
   }
 
   // grads[i] is a tensor like tensors[i], or None to leave the row out.
@@ -222,12 +238,21 @@ class Look {
     return is_here(view) && view.dtype && view.same_shape(row(i));
   }
 
-  TensorView beside(size_t i, PyObject* tensor, TensorReader& reader, Places& places) {
-    if (tensor == Py_None) return {};
+  static DType dtype_of(const pybind11::object& anchor, TensorReader& reader) {
+    const TensorView view = reader.read(anchor.ptr());
+    if (!view.dtype) throw pybind11::value_error("an anchor is not of a swept dtype");
+    return *view.dtype;
+  }
+
+  const void* beside(size_t i, PyObject* tensor, DType dtype, Places& places,
+                     TensorReader& reader) {
+    if (tensor == Py_None) return nullptr;
     const TensorView view = read_as<StaleLayout>(tensor, i, reader);
-    if (!lies_beside(view, i) || !view.same_strides(row(i)) || !in_memory(view, tensor, i, places))
+    const bool same = view.dtype == dtype && lies_beside(view, i) && view.same_strides(row(i)) &&
+                      in_memory(view, tensor, i, places);
+    if (!same || (rows_[i].numel > 0 && weights_.at(i, view.data)))
       throw StaleLayout("the anchor of row " + std::to_string(i) + " changed");
-    return view;
+    return view.data;
   }
 
   // How many rows ahead of the look a tensor's record is fetched.
@@ -333,6 +358,8 @@ class Look {
   std::vector<int64_t> geometry_;
   std::vector<Row> rows_;
   std::vector<int64_t> bytes_;  // [rows]
+  Pairs pairs_;
+  std::vector<Anchor> anchors_;  // [pairs] their dtypes, without addresses
   Places weights_, gradients_, moments_, origins_, masses_;
 };
 

@@ -23,14 +23,6 @@ struct Metric {
   double numerator = 0, factor = 1, offset = 0;
 };
 
-// What a row is measured from: its penalty is the sum of weight_i * rho(w_i - origin_i). Without an
-// origin it is 0, without weights they are 1. Each has a dtype of its own and the row's strides.
-struct Anchor {
-  const void* origin = nullptr;
-  const void* weight = nullptr;
-  DType origin_dtype = DType::kFloat32, weight_dtype = DType::kFloat32;
-};
-
 namespace cpu {
 
 // The instruction set that the sweeps use on this machine, e.g. "x86-64-v4".

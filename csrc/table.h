@@ -30,6 +30,14 @@ struct Row {
   int rule;  // which penalty and strengths: an index into Table::penalties
 };
 
+// What a row is measured from: its penalty is the sum of weight_i * rho(w_i - origin_i). Without an
+// origin it is 0, without weights they are 1. Each has a dtype of its own and the row's strides.
+struct Anchor {
+  const void* origin = nullptr;
+  const void* weight = nullptr;
+  DType origin_dtype = DType::kFloat32, weight_dtype = DType::kFloat32;
+};
+
 // A segment's place: elements [begin, end) of a row.
 struct Span {
   int64_t row, begin, end;

@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 
 from . import ops, reference
 from .backend.torch import TorchBackend
-from .dispatch import BackendError, choose, requested
+from .dispatch import choose, require_formulas
 from .pack import (
     GradientMismatch,
     Label,
@@ -65,7 +65,7 @@ def value(packs: Packs, tensors: list[Tensor], rules: Sequence[Penalty], label: 
         for i, t in enumerate(tensors):
             check(t, label(i))
         if packs.anchors is not None:
-            return formula_value(tensors, rules, packs.rule_of, packs.anchors)
+            return traced_value(tensors, rules, packs.rule_of, packs.anchors)
         return ops.value(tensors, rules, packs.rule_of)
     if (
         torch._C._are_functorch_transforms_active()
@@ -309,10 +309,7 @@ def _transformed_value(
     packs: Packs, tensors: list[Tensor], rules: Sequence[Penalty], label: Label
 ) -> Tensor:
     """Under torch.func, forward-mode AD and torch.jit.trace: the formulas, which all understand."""
-    if (name := requested()) not in ("auto", "torch"):
-        raise BackendError(
-            f"backend {name!r} cannot serve inside torch.func, forward-mode AD or torch.jit.trace"
-        )
+    require_formulas("inside torch.func, forward-mode AD or torch.jit.trace")
     for i, t in enumerate(tensors):
         check(t, label(i))
     return formula_value(tensors, rules, packs.rule_of, packs.anchors)
@@ -320,6 +317,16 @@ def _transformed_value(
 
 def _constants(anchors: Sequence[Pair] | None, tensors: Sequence[Tensor]) -> list[Pair]:
     return [(None, None)] * len(tensors) if anchors is None else list(map(constants, anchors))
+
+
+def traced_value(
+    tensors: Sequence[Tensor],
+    rules: Sequence[Penalty],
+    rule_of: Sequence[int],
+    anchors: Sequence[Pair],
+) -> Tensor:
+    """Omega of anchored penalties while a graph is traced: no op of ours takes anchors."""
+    return torch.ops.pyreg.by_formulas(formula_value(tensors, rules, rule_of, anchors))
 
 
 def formula_value(

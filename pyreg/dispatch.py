@@ -68,6 +68,12 @@ def requested() -> str:
     return _known(os.environ.get("PYREG_BACKEND") or "auto", "PYREG_BACKEND")
 
 
+def require_formulas(where: str) -> None:
+    """Raise BackendError if a backend was asked for by name, other than the formulas' own."""
+    if (name := requested()) not in ("auto", "torch"):
+        raise BackendError(f"backend {name!r} cannot serve {where}")
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Within the block, sweep with this backend and no other ("auto" lifts that again).

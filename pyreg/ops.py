@@ -6,6 +6,7 @@ recompile; which penalty applies to which tensor is part of the graph.
     pyreg::value(tensors, strengths, penalties, rule_of) -> 0-dim
     pyreg::gradient(grad_output, tensors, strengths, penalties, rule_of) -> one per tensor
     pyreg::strength_gradient(grad_output, tensors, strengths, penalties, rule_of) -> like strengths
+    pyreg::by_formulas(value) -> value, if a backend asked for by name does not forbid the formulas
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import reference, sweeps
-from .dispatch import choose
+from .dispatch import choose, require_formulas
 from .pack import Pack, label, packs_for
 from .penalties import Penalty, check_differentiable, rules_of, stack_strengths, unstack_strengths
 
@@ -102,3 +103,17 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple:
 
 
 value_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("pyreg::by_formulas", mutates_args=(), schema="(Tensor value) -> Tensor")
+def by_formulas_op(value):
+    require_formulas("anchored penalties inside torch.compile")
+    return value.clone()
+
+
+@by_formulas_op.register_fake
+def _(value):
+    return torch.empty_like(value)
+
+
+by_formulas_op.register_autograd(lambda ctx, grad_output: grad_output)

@@ -8,9 +8,11 @@ stale pointer behind.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -188,9 +190,26 @@ def share_memory(a: Tensor, b: Tensor) -> bool:
     return a_begin < b_end and b_begin < a_end
 
 
+def sharing(tensors: Sequence[Tensor]) -> Callable[[Tensor | None], bool]:
+    """Whether a tensor shares memory with any of these."""
+    extents = sorted(_extent(t) for t in tensors if _has_address(t) and t.numel() > 0)
+    begins = [begin for begin, _ in extents]
+    reach = list(accumulate((end for _, end in extents), max))
+
+    def shares(t: Tensor | None) -> bool:
+        if t is None or not _has_address(t):
+            return False
+        begin, end = _extent(t)
+        before = bisect_left(begins, end)
+        return before > 0 and reach[before - 1] > begin
+
+    return shares
+
+
 def _has_address(t: Tensor) -> bool:
     return not (
         has_own_dispatch(t)
+        or t.layout != torch.strided
         or t.device.type == "meta"
         or torch._C._functorch.is_functorch_wrapped_tensor(t)
     )
@@ -228,6 +247,10 @@ def geometry(t: Tensor) -> tuple[torch.dtype, torch.Size, tuple[int, ...]]:
     return t.dtype, t.shape, t.stride()
 
 
+def dtypes(pair: Pair) -> tuple[torch.dtype | None, ...]:
+    return tuple(None if t is None else t.dtype for t in pair)
+
+
 @dataclass(eq=False)
 class Pack:
     """The tensors of one device and one kind (regular or not), laid out for a sweep."""
@@ -239,6 +262,7 @@ class Pack:
     geometry: list[tuple[torch.dtype, torch.Size, tuple[int, ...]]]  # [rows] dtype, shape, strides
     irregular: str | None  # why only the torch backend can serve; None if the rows are regular
     anchors: list[Pair] | None = None  # [rows] held; None if no row has any
+    anchor_dtypes: list[tuple[torch.dtype | None, ...]] = field(default_factory=list)
     layouts: dict[str, Any] = field(default_factory=dict)  # what each backend keeps for the pack
 
     def take(self, items: Sequence[Any]) -> list[Any]:
@@ -258,8 +282,12 @@ class Pack:
     def check_rows(self, tensors: Sequence[Tensor]) -> None:
         """Raise StaleLayout unless the rows are what they were."""
         if list(map(geometry, tensors)) != self.geometry or any(
-            t.device != self.device for t in tensors
+            t.device != self.device or is_freed(t) for t in tensors
         ):
+            raise StaleLayout
+        if self.irregular is None and any(t.is_neg() for t in tensors):
+            raise StaleLayout
+        if list(map(dtypes, self.anchors or ())) != self.anchor_dtypes:
             raise StaleLayout
         for pair, t in zip(self.anchors or (), tensors, strict=self.anchors is not None):
             beside = [b for b in pair if b is not None]
@@ -303,6 +331,7 @@ def build(
         TypeError, ValueError: a tensor that cannot be penalised, by name.
     """
     packs: dict[tuple[torch.device, bool, bool], Pack] = {}
+    written = None if anchors is None else sharing(tensors)
     for i, t in enumerate(tensors):
         if type(t) not in (Tensor, nn.Parameter) or not _plainly_fine(t):
             check(t, label(i))
@@ -313,6 +342,8 @@ def build(
         if anchored:
             check_pair(pair, t, label(i))
             reason = reason or irregular_pair(pair, t)
+            if any(map(written, pair)):
+                reason = reason or "is measured from another parameter, which a prox would change"
         key = (t.device, reason is not None, anchored)
         pack = packs.get(key)
         if pack is None:
@@ -321,6 +352,7 @@ def build(
             pack = packs[key] = Pack(t.device, [], [], penalties, [], why, kept)
         if anchored:
             pack.anchors.append(pair)
+            pack.anchor_dtypes.append(dtypes(pair))
         pack.rows.append(i)
         pack.rule_of.append(rule_of[i])
         pack.geometry.append(geometry(t))

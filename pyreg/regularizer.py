@@ -418,7 +418,7 @@ class Regularizer:
         rule_of = [group.packs.rule_of[i] for i in active]
         if (anchors := group.packs.anchors) is not None:
             pairs = [anchors[i] for i in active]
-            return autograd.formula_value(tensors, self._penalties, rule_of, pairs)
+            return autograd.traced_value(tensors, self._penalties, rule_of, pairs)
         return ops.value(tensors, self._penalties, rule_of)
 
     def _zero(self) -> Tensor:

@@ -17,7 +17,7 @@ from pyreg.pack import GradientMismatch, StaleLayout
 
 @pytest.fixture(params=["compiled", "attributes", "python", "python without guards"])
 def look_at(request, monkeypatch):
-    """look_at(tensors) -> a look of theirs."""
+    """look_at(tensors, their anchors) -> a look of theirs."""
     compiled = native.load()
     if request.param.startswith("python"):
         monkeypatch.setattr(addresses, "load", lambda: "no compiled module")
@@ -28,8 +28,8 @@ def look_at(request, monkeypatch):
     else:
         compiled.use_exchange_api(request.param == "compiled")
 
-    def look(tensors: list[Tensor]):
-        (only,) = pack.build(tensors, pack.label, [0] * len(tensors), ("l1",))
+    def look(tensors: list[Tensor], anchors: list[pack.Pair] | None = None):
+        (only,) = pack.build(tensors, pack.label, [0] * len(tensors), ("l1",), anchors)
         return addresses.look_at(only, tensors)
 
     yield look
@@ -135,6 +135,47 @@ def test_moments(look_at):
     for bad in (torch.ones(6, 4), torch.ones(4, 6, device="meta"), torch._neg_view(w[0].clone())):
         with pytest.raises(ValueError, match="row 0"):
             look.with_moments(w, [bad, *beside[1:]])
+
+
+def test_anchors(look_at):
+    """Of any dtype, where they are now; none have no address."""
+    w = [torch.ones(4, 6).t(), torch.ones(5), torch.ones(0)]
+    pairs = [(torch.ones(4, 6).half().t(), None), (None, torch.ones(5)), (torch.ones(0), None)]
+    look = look_at(w, pairs)
+    for _ in range(2):
+        assert look.tensors(w) == at(*w)
+        assert look.anchors() == at(*(t for pair in pairs for t in pair))
+        pairs[0][0].data = torch.zeros(4, 6).half().t()
+        w[1] = torch.ones(5)
+    plain = look_at(w)
+    plain.tensors(w)
+    assert plain.anchors() == b""
+
+
+@pytest.mark.parametrize("change", ["dtype", "size", "strides", "negated", "freed", "the tensor"])
+@pytest.mark.parametrize("k", [0, 1])
+def test_an_anchor_that_changed(look_at, change, k):
+    w = [torch.ones(3), torch.ones(4, 6)]
+    pairs = [(torch.ones(3), None), (torch.ones(4, 6), torch.ones(4, 6))]
+    look = look_at(w, pairs)
+
+    def ask():
+        look.separate_tensors(w)
+        look.anchors()
+
+    ask()
+    changed = pairs[1][k]
+    if change == "freed":
+        changed.untyped_storage().resize_(0)
+    elif change == "the tensor":
+        changed.data = w[1]
+    elif change == "strides":
+        changed.data = torch.ones(6, 4).t()
+    else:
+        changed.data = CHANGES[change](changed)
+    for _ in range(2):
+        with pytest.raises(StaleLayout):
+            ask()
 
 
 MISMATCHES = {

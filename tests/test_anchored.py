@@ -13,7 +13,9 @@ from oracle import unit_roundoff
 from torch import nn
 
 import pyreg
-from pyreg import L1, L2, MCP, ElasticNet, Regularizer, reference
+from pyreg import L1, L2, MCP, ElasticNet, Regularizer, dispatch, reference
+from pyreg.backend.triton import load
+from pyreg.pack import Pack
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 KINDS = ["anchor", "weight", "both"]
@@ -240,6 +242,22 @@ def test_compiled_and_transformed():
     )
 
 
+def test_a_backend_asked_for_by_name_does_not_compile(native):
+    """The formulas serve there: whichever came first, the request or the graph."""
+    module = nn.Linear(4, 3)
+    anchor = {n: torch.randn_like(p) for n, p in module.named_parameters()}
+    reg = Regularizer(module, L2(0.5, anchor=anchor))
+    compiled = torch.compile(lambda: reg(), fullgraph=True, backend="aot_eager")
+    compiled()
+    with (
+        pyreg.use_backend("native"),
+        pytest.raises(pyreg.BackendError, match="'native' cannot serve anchored penalties inside"),
+    ):
+        compiled()
+    with pyreg.use_backend("torch"):
+        compiled().backward()
+
+
 def test_frozen_parameters_while_compiled():
     module = nn.Linear(4, 3)
     anchor = {n: torch.randn_like(p) for n, p in module.named_parameters()}
@@ -286,6 +304,18 @@ def test_parameters_that_share_memory(backend):
     ones = {name: torch.ones_like(t) for name, t in params.items()}
     Regularizer(params, L2(0.5, anchor=ones), include_frozen=True).prox_(1.0)
     assert buffer.tolist() == [2.0] * 10 + [1.5] * 10 + [2.0] * 10
+
+
+def test_parameters_that_are_each_others_anchors():
+    """One after the other: a sweep would read the one while it writes the other."""
+    params = {"a": torch.full((30,), 1.0), "b": torch.full((30,), 5.0), "c": torch.ones(30)}
+    anchor = {"a": params["b"], "b": params["a"], "c": torch.zeros(30)}
+    reg = Regularizer(params, L2(0.5, anchor=anchor), include_frozen=True)
+    native, formulas = reg.report().sweeps
+    assert native.startswith("1 tensors on cpu:")
+    assert "params[0] ('a') is measured from another parameter" in formulas
+    reg.prox_(1.0)
+    assert [t[7].item() for t in params.values()] == [3.0, 4.0, 0.5]
 
 
 def test_a_copy_goes_on_with_its_own_anchor():
@@ -352,6 +382,20 @@ class TestNothingHalfDone:
         with pytest.raises(ValueError, match=r"'b'.*is the parameter itself"):
             self.reg.accumulate_()
         assert self.a.grad.tolist() == [0.0] * 5
+
+
+def test_a_gpus_sweeps_are_triton(monkeypatch):
+    """Native serves no anchored rows there, so that Triton does."""
+    cuda, triton = (dispatch.backend(name, "cuda") for name in ("native", "triton"))
+    if isinstance(load(), str):
+        pytest.skip(load())
+    for each in (cuda, triton):
+        monkeypatch.setattr(type(each), "missing", lambda self: None)
+    monkeypatch.setattr("pyreg.backend.triton.interpreted", lambda: False)
+    row = (torch.float32, torch.Size([3]), (1,))
+    pack = Pack(torch.device("cuda"), [0], [0], ("l2",), [row], None, [(None, torch.ones(3))])
+    assert dispatch.choose(pack).backend is triton
+    assert "anchored" in dispatch.choose(pack).reason
 
 
 def test_plain_and_anchored_rules_in_one_regularizer():

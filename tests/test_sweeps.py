@@ -262,6 +262,129 @@ def test_rows_that_a_prox_in_a_metric_leaves_to_the_formulas(place):
         assert oracle.close(value, oracle.value(pyreg.L1(0.5), w), 1e-6)
 
 
+def examples_for(place):
+    """Every penalty; on a GPU three, as its compiler takes a second or two for a kind of row."""
+    return PENALTIES if place.device == "cpu" else PENALTIES[::6]
+
+
+def anchored(place):
+    """Every dtype under every penalty, beside each dtype every one of an anchor and of weights, or
+    none; a chunk and some elements, or a few; anchors that are aligned, and not."""
+    rules, tensors, rule_of, pairs = examples_for(place), [], [], []
+    for r in range(len(rules)):
+        for i, dtype in enumerate(DTYPES):
+            n = (8192 // dtype.itemsize if r % 2 else 30) + 3 + r
+            beside = [
+                of and fill((n + r % 3,), of, place.device, f"{kind}{r}{i}")[r % 3 :]
+                for kind, k in (("anchor", r + i), ("weight", 2 * r + i + 4))
+                for of in [(None, *DTYPES)[k % 5]]
+            ]
+            pairs.append((beside[0], beside[1] if beside[1] is None else beside[1].abs()))
+            tensors.append(fill((n,), dtype, place.device, f"anchored{r}{i}"))
+            rule_of.append(r)
+    return tensors, rules, rule_of, pairs
+
+
+def measured(w, pair):
+    """w - anchor, and what they are, in the compute dtype."""
+    c = oracle.compute_dtype(w.dtype)
+    x, (anchor, weight) = w.to(c), pair
+    anchor = torch.zeros_like(x) if anchor is None else anchor.to(c)
+    return x - anchor, anchor, torch.ones_like(x) if weight is None else weight.to(c)
+
+
+def test_anchored_sums_and_gradients(place):
+    """The plain ones of w - anchor times the weight, which is one rounding more."""
+    tensors, rules, rule_of, pairs = anchored(place)
+    sweeps = place.sweeps(tensors, rules, rule_of, pairs)
+    before, exact = old_gradients(tensors), 0.0
+    grads = [g.clone() for g in before]
+    values, written = (sweeps.value(), sweeps.accumulate(grads, 0.3)), sweeps.gradient(0.3)
+    rows = zip(tensors, rule_of, pairs, before, grads, written, strict=True)
+    for w, r, pair, old, added, alone in rows:
+        rule = rules[r]
+        x, _, weight = measured(w, pair)
+        formula, strengths = (
+            FORMULAS[rule.name],
+            [oracle.rounded(s, w.dtype) for s in rule.strengths],
+        )
+        exact += formula.value(x.double(), *rule.strengths, weight=weight.double()).item()
+        if formula.grad is None:
+            continue
+        u = oracle.unit_roundoff(x.dtype)
+        grad = oracle.rounded(0.3, w.dtype) * weight.double() * formula.grad(x.double(), *strengths)
+        for got, start in ((added, old.double()), (alone, torch.zeros_like(grad))):
+            expected = start + grad
+            # As in oracle.agrees.
+            bound = 9 * u * (expected.abs() + 2 * start.abs() + 0.3 * weight * max(strengths))
+            bound += oracle.smallest(w.dtype)
+            if w.itemsize == 2:
+                bound += 2 * oracle.unit_roundoff(w.dtype) * expected.abs()
+            assert ((got.double() - expected).abs() <= bound).all(), (rule, w.dtype)
+    tolerance = oracle.value_tolerance(tensors, rules[-1]) + 3 * 2**-24
+    assert all(oracle.close(value, exact, tolerance) for value in values)
+
+
+def test_anchored_proxes(place):
+    """anchor + the plain one of w - anchor, at steps times the weight; and the value of the new w.
+
+    To oracle.prox's tolerance come the roundings of w - anchor and of the sum.
+    """
+    tensors, rules, rule_of, pairs = anchored(place)
+    before, beside = [t.clone() for t in tensors], moments(tensors)
+    kinds = itertools.cycle(METRICS.values())
+    metrics = [kind(m) for kind, m in zip(kinds, beside, strict=False)]
+    sweeps = place.sweeps(tensors, rules, rule_of, pairs)
+    for in_metric in (False, True):
+        torch._foreach_copy_(tensors, before)
+        value, exact = sweeps.prox_in_metric(metrics) if in_metric else sweeps.prox(0.4), 0.0
+        rows = zip(tensors, before, rule_of, pairs, metrics, strict=True)
+        for got, w, r, pair, metric in rows:
+            x, anchor, weight = measured(w, pair)
+            step = torch.tensor(oracle.rounded(0.4, w.dtype), dtype=torch.float64)
+            if in_metric and metric.moment is None:
+                step.fill_(oracle.rounded(metric.numerator, w.dtype))
+            elif in_metric:
+                step = oracle.metric_step(metric)
+            moved, tolerance = oracle.prox(rules[r], x, (step * weight).to(x.device))
+            expected = anchor.double() + moved
+            size = anchor.abs() + moved.abs() + x.abs() + w.abs()
+            tolerance = tolerance + 2 * oracle.unit_roundoff(x.dtype) * size
+            if w.itemsize == 2:
+                tolerance = tolerance + 1.01 * oracle.unit_roundoff(w.dtype) * expected.abs()
+            near = (got.double() - expected).abs() <= tolerance + oracle.smallest(w.dtype)
+            assert near.all(), (rules[r], w.dtype, in_metric)
+            x, _, weight = measured(got, pair)
+            formula = FORMULAS[rules[r].name]
+            exact += formula.value(x.double(), *rules[r].strengths, weight=weight.double()).item()
+        if in_metric:
+            tolerance = oracle.value_tolerance(tensors, rules[-1]) + 3 * 2**-24
+            assert oracle.close(value, exact, tolerance)
+
+
+def test_anchored_specials(place):
+    """Infinities, NaN, a weight of 0 and an anchor far off: as the formulas say."""
+    numbers = [0.0, -0.0, 1.5, -2.0, math.inf, -math.inf, math.nan]
+    w, anchor, weight = torch.tensor(
+        list(itertools.product(numbers, [0.0, 0.75, 1e8, math.inf, math.nan], [0.0, 1.0, 2.5])),
+        device=place.device,
+    ).T.contiguous()
+    for penalty in examples_for(place):
+        rule = type(penalty)(*penalty.strengths, anchor=anchor, weight=weight)
+        got = w.clone()
+        sweeps = place.sweeps([got], [penalty], None, [(anchor, weight)])
+        if FORMULAS[penalty.name].grad is not None:
+            expected = rule.grad(w)
+            torch.testing.assert_close(
+                sweeps.gradient()[0], expected, equal_nan=True, msg=repr(penalty)
+            )
+        assert math.isnan(sweeps.value())
+        sweeps.prox(0.3)
+        torch.testing.assert_close(got, rule.prox(w, 0.3), equal_nan=True, msg=repr(penalty))
+        stays = weight == 0
+        assert oracle.same(got[stays & anchor.isfinite()] + 0.0, w[stays & anchor.isfinite()] + 0.0)
+
+
 def test_sums_are_per_rule(place):
     """value() also returns each rule's sums: the derivatives by its strengths."""
     tensors = [fill((500,), torch.float32, place.device, f"sums{i}") for i in range(3)]

@@ -5,10 +5,12 @@ The interpreter runs programs one after the other: this says nothing about races
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import pytest
 import torch
+from device import launches
 from torch import nn
 
 import pyreg
@@ -159,6 +161,103 @@ def test_a_gradient_that_cannot_be_one_is_named():
     with pytest.raises(ValueError, match=r"'1.weight'.* has a gradient float32"):
         pyreg.Regularizer(module, pyreg.L1(1.0)).accumulate_()
     assert not any(p.grad.any() for p in module.parameters())
+
+
+def anchors(module: nn.Module, seed: int, dtypes: list[torch.dtype]) -> dict[str, torch.Tensor]:
+    """Numbers >= 0 like the parameters, in other dtypes."""
+    torch.manual_seed(seed)
+    named = zip(module.named_parameters(), itertools.cycle(dtypes), strict=False)
+    return {name: torch.rand_like(p, dtype=dtype) for (name, p), dtype in named}
+
+
+@pytest.mark.parametrize("optimizer", [None, torch.optim.Adam])
+def test_anchored_penalties(optimizer):
+    """Rows with an anchor, with weights too, with neither: as the torch backend's."""
+    start = anchors(net(), 1, [torch.float16, torch.float32, torch.float64])
+    fisher = anchors(net(), 2, [torch.float32, torch.bfloat16])
+    rules = {
+        "0.*": pyreg.L2(0.3, anchor=start),
+        "1.weight": pyreg.ElasticNet(0.3, 0.07),
+        "*": pyreg.L1(0.2, anchor=start, weight=fisher),
+    }
+    results = []
+    for backend in ("triton", "torch"):
+        module = net()
+        reg = pyreg.Regularizer(module, rules)
+        with pyreg.use_backend(backend):
+            (2 * reg()).backward()
+            module[0].weight.grad = torch.ones(5, 3, 3, 3)  # of other strides
+            if optimizer is None:
+                value = reg.accumulate_(0.5)
+                reg.prox_(0.1)
+            else:
+                given = optimizer(module.parameters(), lr=0.02)
+                reg.attach(given, "prox")
+                given.step()
+                value = reg.last_value
+        results.append((value, [t for p in module.parameters() for t in (p.grad, p)]))
+    (value, tensors), (v, expected) = results
+    torch.testing.assert_close(value, v, rtol=1e-3, atol=0)  # bfloat16 weights may round apart
+    for a, b in zip(tensors, expected, strict=True):
+        unit = 2**-7 if a.dtype == torch.bfloat16 else 2**-20
+        torch.testing.assert_close(a, b, rtol=unit, atol=unit)
+
+
+class TestAnchorsThatChange:
+    """A plain and an anchored rule: two packs. Neither is written if the other cannot be."""
+
+    @pytest.fixture(autouse=True)
+    def make(self):
+        self.a, self.b = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(5))
+        for p in (self.a, self.b):
+            p.grad = torch.zeros(5)
+        self.anchor = torch.zeros(5)
+        rules = {"a": pyreg.L2(1.0), "b": pyreg.L2(1.0, anchor={"b": self.anchor})}
+        self.reg = pyreg.Regularizer({"a": self.a, "b": self.b}, rules)
+        self.reg.prox_(0.0)
+
+    def test_moved_and_of_another_dtype(self):
+        for anchor in (torch.full((5,), 3.0), torch.full((5,), 3.0).half()):
+            self.anchor.data = anchor
+            assert self.reg.accumulate_().item() == 5 + 20
+        assert (self.a.grad.tolist(), self.b.grad.tolist()) == ([4.0] * 5, [-8.0] * 5)
+
+    def test_freed(self):
+        self.anchor.untyped_storage().resize_(0)
+        with pytest.raises(ValueError, match=r"'b'\): its anchor.*has no memory"):
+            self.reg.prox_(1.0)
+        assert self.a.tolist() == [1.0] * 5
+
+    def test_the_parameter_itself(self):
+        self.b.data = self.anchor
+        with pytest.raises(ValueError, match=r"'b'.*is the parameter itself"):
+            self.reg.accumulate_()
+        assert self.a.grad.tolist() == [0.0] * 5
+
+    def test_a_negated_parameter(self):
+        self.b.data = torch._neg_view(torch.ones(5))
+        with pytest.raises(pyreg.BackendError, match="is a lazily negated view"):
+            self.reg.accumulate_()
+        assert self.a.grad.tolist() == [0.0] * 5
+
+
+def test_anchors_that_it_cannot_walk_are_refused_with_the_reason():
+    w = {"w": torch.ones(4, 6)}
+    reg = pyreg.Regularizer(w, pyreg.L2(1.0, anchor={"w": torch.ones(6, 4).t()}), include_frozen=1)
+    with pytest.raises(pyreg.BackendError, match="has its anchor in a tensor of other strides"):
+        reg()
+
+
+def test_one_launch_for_all_anchored_rows():
+    module = net()
+    start = anchors(module, 1, [torch.float16, torch.float32])
+    reg = pyreg.Regularizer(
+        module, {"1.*": pyreg.L2(0.3, weight=start), "*": pyreg.L1(0.1, anchor=start)}
+    )
+    for p in module.parameters():
+        p.grad = torch.zeros_like(p)
+    assert launches(torch.device("cpu"), reg.accumulate_) == ["accumulate"]
+    assert launches(torch.device("cpu"), lambda: reg.prox_(0.1)) == ["prox"]
 
 
 def test_what_it_cannot_serve_is_refused_with_the_reason():

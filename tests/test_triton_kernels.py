@@ -247,6 +247,13 @@ def test_bad_input():
         layout.prox(at(w), strengths_of("l1"), torch.tensor(1.0))
     with pytest.raises(ValueError, match="expected 1 addresses of 8 bytes, got 16 bytes"):
         layout.value(at(w * 2), strengths_of("l1"))
+    with pytest.raises(ValueError, match="expected an anchor for each of 1 tensors, got 2"):
+        Layout(w, [0], ["l1"], [(None, None)] * 2)
+    with pytest.raises(TypeError, match=r"tensors\[0\].*got torch.int32"):
+        Layout(w, [0], ["l1"], [(None, torch.zeros(3, dtype=torch.int32))])
+    layout = Layout(w, [0], ["l1"], [(torch.zeros(3), None)])
+    with pytest.raises(ValueError, match=r"expected 2 addresses of anchors.*got 0 bytes"):
+        layout.value(at(w), strengths_of("l1"))
 
 
 def test_nothing():

@@ -29,14 +29,25 @@ SWEEPS = {  # 16-byte loads and stores of a thread in one chunk of 8 KiB
     "stats": (4, 0),
 }
 
+ANCHORED = {  # the same in one block, of bfloat16 with float32 anchors and weights
+    "value": (5, 0),
+    "gradient": (5, 1),
+    "accumulate": (6, 1),
+    "prox": (5, 1),
+    "prox_in_metric": (6, 1),
+}
 
 FAMILIES = ["l_half", "huber", "log_sum", "mcp", "scad"]
-KERNELS = [(sweep, dtype, "elastic_net") for sweep in SWEEPS for dtype in DTYPES]
-KERNELS += [(sweep, "bfloat16", name) for sweep in ("accumulate", "prox") for name in FAMILIES]
+KERNELS = [(sweep, dtype, "elastic_net", None) for sweep in SWEEPS for dtype in DTYPES]
+KERNELS += [
+    (sweep, "bfloat16", name, None) for sweep in ("accumulate", "prox") for name in FAMILIES
+]
+KERNELS += [(sweep, "bfloat16", "elastic_net", "float32") for sweep in ANCHORED]
+KERNELS += [("prox_in_metric", "bfloat16", "scad", "float32")]
 
 
 def compile_all(target):
-    """{"sweep dtype penalty": facts}. Runs in the child."""
+    """{"sweep dtype penalty anchors": facts}. Runs in the child."""
     import torch
     import triton
     from pyreg.triton_kernels import launch, sweeps
@@ -45,14 +56,15 @@ def compile_all(target):
 
     backend, architecture, warp = TARGETS[target]
     facts = {}
-    for sweep, dtype, penalty in KERNELS:
+    for sweep, dtype, penalty, anchors in KERNELS:
         used = "l1" if sweep == "stats" else penalty
         totals = sweep not in ("gradient", "prox")
-        own = getattr(torch, dtype)
-        constants = launch.constants(
-            5 if sweep == "stats" else 2, [launch.Kind(own, used, own)], [used]
-        )
+        own, beside = getattr(torch, dtype), anchors and getattr(torch, anchors)
+        kind = launch.Kind(own, used, own, beside, beside)
+        constants = launch.constants(5 if sweep == "stats" else 2, [kind], [used])
         constants["SWEEP"] = sweep
+        if anchors is None:
+            constants["anchors"] = None
         types = dict.fromkeys(sweeps.sweep.arg_names, "*i64")
         types |= dict.fromkeys(("slots", "run", "n_rows", "n_groups"), "i32")
         types |= dict.fromkeys(("strengths", "scale"), "*fp64")
@@ -68,7 +80,7 @@ def compile_all(target):
             options=options,
         )
         read = cuda_facts if backend == "cuda" else hip_facts
-        facts[f"{sweep} {dtype} {penalty}"] = read(kernel.asm) | {
+        facts[f"{sweep} {dtype} {penalty} {anchors}"] = read(kernel.asm) | {
             "registers_given": launch.REGISTERS[sweep]
         }
     return facts
@@ -121,18 +133,28 @@ def facts(request, tmp_path_factory):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sweep", SWEEPS)
 def test_moves_are_16_bytes_and_nothing_spills(facts, sweep, dtype):
-    check(facts[f"{sweep} {dtype} elastic_net"], sweep)
+    check(facts[f"{sweep} {dtype} elastic_net None"], SWEEPS[sweep])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("sweep", ["accumulate", "prox"])
 def test_other_families(facts, sweep, family):
     """As above, in bfloat16; only the logarithm of LogSum may spill a few registers."""
-    check(facts[f"{sweep} bfloat16 {family}"], sweep, spills=32 if family == "log_sum" else 0)
+    spills = 32 if family == "log_sum" else 0
+    check(facts[f"{sweep} bfloat16 {family} None"], SWEEPS[sweep], spills)
 
 
-def check(got, sweep, spills=0):
-    loads, stores = SWEEPS[sweep]
+@pytest.mark.parametrize("sweep", ANCHORED)
+def test_anchored(facts, sweep):
+    check(facts[f"{sweep} bfloat16 elastic_net float32"], ANCHORED[sweep])
+
+
+def test_anchored_with_a_step_for_each_element(facts):
+    check(facts["prox_in_metric bfloat16 scad float32"], ANCHORED["prox_in_metric"])
+
+
+def check(got, moves, spills=0):
+    loads, stores = moves
     assert got["loads"] >= loads, got
     assert got["stores"] >= stores, got
     assert got.get("kept", loads) >= loads, got

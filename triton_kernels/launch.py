@@ -25,9 +25,9 @@ DTYPES = {
     torch.float16: tl.float16,
 }
 PARTIALS = 16384  # numbers aimed at: 128 KiB; many groups take at most twice that
-# Registers of a thread on NVIDIA, at which no sweep spills. They say how many programs a
-# multiprocessor (65,536 registers) runs at a time, which is the grid: a second wave would leave
-# most of the device idle at the end.
+# Registers of a thread on NVIDIA, at which no sweep spills but LogSum's, and proxes of float64 with
+# anchors. They say how many programs a multiprocessor (65,536 registers) runs at a time, which is
+# the grid: a second wave would leave most of the device idle at the end.
 REGISTERS = {
     "value": 96,
     "gradient": 96,
@@ -45,6 +45,8 @@ class Kind(NamedTuple):
     dtype: torch.dtype
     penalty: str
     beside: torch.dtype  # of its gradient or moment
+    origin: torch.dtype | None = None  # of what it is measured from
+    weight: torch.dtype | None = None  # of its elements' weights
 
 
 class Cut(NamedTuple):
@@ -192,6 +194,7 @@ class Plan:
         sweep: str,
         tensors: Tensor,
         gradients: Tensor,
+        anchors: Tensor | None,
         strengths: Tensor,
         scale: Tensor,
         out: Tensor | None = None,
@@ -211,6 +214,7 @@ class Plan:
         sweeps.sweep[(min(cut.slots, programs(self._device, sweep)),)](
             tensors,
             gradients,
+            anchors,
             rows,
             groups,
             strengths,
@@ -253,6 +257,8 @@ def constants(columns: int, kinds: list[Kind], names: list[str]) -> dict:
         "COLUMNS": columns,
         "DTYPES": tuple(DTYPES[kind.dtype] for kind in kinds),
         "BESIDE": tuple(DTYPES[kind.beside] for kind in kinds),
+        "ORIGINS": tuple(DTYPES.get(kind.origin) for kind in kinds),
+        "WEIGHTS": tuple(DTYPES.get(kind.weight) for kind in kinds),
         "PENALTY_OF": tuple(names.index(kind.penalty) for kind in kinds),
         "SUMS": tuple(p.sums for p in used),
         "TERMS": tuple(p.term for p in used),

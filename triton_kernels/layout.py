@@ -23,14 +23,17 @@ class Layout:
             tensors under TRITON_INTERPRET=1. Only their sizes and dtypes are kept.
         rule_of: for each tensor the index of its rule.
         penalties: for each rule a name in PENALTIES.
+        anchors: for each tensor what it is measured from and its elements' weights, of any of
+            those dtypes, or None; None if no tensor has any. Only their dtypes are kept.
 
     Every sweep is one kernel launch, however many tensors there are, and never waits for the
     device. A sweep is told where tensors are now: `w` and `g` are int64 [tensors] addresses as
     bytes, of memory that holds what the layout recorded, in storage order; that is the caller's to
-    check. `strengths` is float64 [rules, 2] on the device, 0 in columns that a penalty has no use
-    for. `scale` and `step` are float64 tensors of one element on the device, or numbers; of what a
-    CUDA graph captured, a replay reads tensors anew, and numbers are what they were. Graphs
-    captured from one layout share scratch memory: replay them one after the other.
+    check. So are `anchors`, int64 [tensors, 2], 0 for none; a layout without any is told nothing.
+    `strengths` is float64 [rules, 2] on the device, 0 in columns that a penalty has no use for.
+    `scale` and `step` are float64 tensors of one element on the device, or numbers; of what a CUDA
+    graph captured, a replay reads tensors anew, and numbers are what they were. Graphs captured
+    from one layout share scratch memory: replay them one after the other.
 
     Raises:
         ValueError: a call's addresses or numbers are of another kind than those above; raised
@@ -39,17 +42,26 @@ class Layout:
             there was none.
     """
 
-    def __init__(self, tensors: list[Tensor], rule_of: list[int], penalties: list[str]) -> None:
-        if len(tensors) != len(rule_of):
-            raise ValueError(
-                f"expected a rule for each of {len(tensors)} tensors, got {len(rule_of)}"
-            )
+    def __init__(
+        self,
+        tensors: list[Tensor],
+        rule_of: list[int],
+        penalties: list[str],
+        anchors: list[tuple[Tensor | None, Tensor | None]] | None = None,
+    ) -> None:
+        for beside, what in ((rule_of, "a rule"), (anchors, "an anchor")):
+            if beside is not None and len(beside) != len(tensors):
+                raise ValueError(
+                    f"expected {what} for each of {len(tensors)} tensors, got {len(beside)}"
+                )
         for i, rule in enumerate(rule_of):
             if not 0 <= rule < len(penalties):
                 raise ValueError(f"rule_of[{i}]: expected 0 <= rule < {len(penalties)}, got {rule}")
-        for i, t in enumerate(tensors):
-            if t.dtype not in DTYPES:
-                raise TypeError(f"tensors[{i}]: expected one of {[*DTYPES]}, got {t.dtype}")
+        pairs = [(None, None)] * len(tensors) if anchors is None else anchors
+        for i, (t, pair) in enumerate(zip(tensors, pairs, strict=True)):
+            for each in (t, *pair):
+                if each is not None and each.dtype not in DTYPES:
+                    raise TypeError(f"tensors[{i}]: expected one of {[*DTYPES]}, got {each.dtype}")
         for name in penalties:
             if name not in PENALTIES:
                 raise ValueError(f"expected a penalty of {[*PENALTIES]}, got {name!r}")
@@ -57,11 +69,13 @@ class Layout:
         self.rules = len(penalties)
         self._dtypes, self._numels = [t.dtype for t in tensors], list(map(Tensor.numel, tensors))
         self._rule_of, self._penalties = rule_of, penalties
+        self._pairs = [tuple(None if t is None else t.dtype for t in pair) for pair in pairs]
+        self._anchored = anchors is not None
         self._number = len(tensors)
         self._value_dtype = torch.float64 if torch.float64 in self._dtypes else torch.float32
         self._addresses = {
             of: Latest(self.device, "a tensor is new or has moved")
-            for of in ("w", "w of a prox", "g", "moments")
+            for of in ("w", "w of a prox", "g", "moments", "anchors")
         }
         self._metrics = Latest(self.device, "a number of a metric has changed")
         self._numbers: dict[tuple[int, str], tuple[float, Tensor]] = {}
@@ -80,7 +94,8 @@ class Layout:
     def _plan_by_rule(self, beside: list[torch.dtype]) -> Plan:
         """With the dtype of what lies beside each tensor: its gradient or moment."""
         penalties = [self._penalties[rule] for rule in self._rule_of]
-        kinds = list(map(Kind, self._dtypes, penalties, beside))
+        origins, weights = zip(*self._pairs, strict=True) if self._pairs else ((), ())
+        kinds = list(map(Kind, self._dtypes, penalties, beside, origins, weights))
         index = {kind: k for k, kind in enumerate(dict.fromkeys(kinds))}
         rows = [
             Row(kind.dtype, n, index[kind], rule, i)
@@ -98,7 +113,7 @@ class Layout:
         by_rule = cut(rows, [names.index(name) for name in self._penalties], 2)
         return Plan(self.device, by_rule, 2, list(index), names)
 
-    def value(self, w: bytes, strengths: Tensor) -> tuple[Tensor, Tensor]:
+    def value(self, w: bytes, strengths: Tensor, anchors: bytes = b"") -> tuple[Tensor, Tensor]:
         """sum over the rules of Omega(w; strengths), and each rule's sums. Reads N.
 
         Returns:
@@ -106,14 +121,18 @@ class Layout:
             penalty has no use for.
         """
         values, sums = self._totals()
-        self._sweep(self._by_rule, "value", w, None, strengths, strengths, sums, values)
+        self._sweep(self._by_rule, "value", w, None, anchors, strengths, strengths, sums, values)
         return values[0], sums
 
-    def gradient(self, w: bytes, g: bytes, strengths: Tensor, scale: Tensor | float) -> None:
+    def gradient(
+        self, w: bytes, g: bytes, strengths: Tensor, scale: Tensor | float, anchors: bytes = b""
+    ) -> None:
         """g = scale * grad Omega(w); where g is at 0, nothing. Reads N, writes N."""
-        self._sweep(self._by_rule, "gradient", w, g, strengths, scale)
+        self._sweep(self._by_rule, "gradient", w, g, anchors, strengths, scale)
 
-    def accumulate(self, w: bytes, g: bytes, strengths: Tensor, scale: Tensor | float) -> Tensor:
+    def accumulate(
+        self, w: bytes, g: bytes, strengths: Tensor, scale: Tensor | float, anchors: bytes = b""
+    ) -> Tensor:
         """g += scale * grad Omega(w), and the value. Reads 2 N, writes N.
 
         A tensor whose g is at 0 adds to the value only.
@@ -123,16 +142,22 @@ class Layout:
             multiplied by `scale`.
         """
         values, sums = self._totals()
-        self._sweep(self._by_rule, "accumulate", w, g, strengths, scale, sums, values)
+        self._sweep(self._by_rule, "accumulate", w, g, anchors, strengths, scale, sums, values)
         return values
 
-    def prox(self, w: bytes, strengths: Tensor, step: Tensor | float) -> None:
+    def prox(self, w: bytes, strengths: Tensor, step: Tensor | float, anchors: bytes = b"") -> None:
         """w = argmin_u step * Omega(u) + (u - w)^2 / 2; where w is at 0, nothing. Reads N, writes
         N."""
-        self._sweep(self._by_rule, "prox", w, None, strengths, step)
+        self._sweep(self._by_rule, "prox", w, None, anchors, strengths, step)
 
     def prox_in_metric(
-        self, w: bytes, moments: bytes, float32: bytes, strengths: Tensor, metrics: Tensor | bytes
+        self,
+        w: bytes,
+        moments: bytes,
+        float32: bytes,
+        strengths: Tensor,
+        metrics: Tensor | bytes,
+        anchors: bytes = b"",
     ) -> Tensor:
         """w = prox(w, step of each element), in place, and the value. Reads 2 N, writes N.
 
@@ -160,7 +185,7 @@ class Layout:
             self._in_metric[float32] = self._by_rule if own else self._plan_by_rule(beside)
         values, sums = self._totals()
         plan = self._in_metric[float32]
-        self._sweep(plan, "prox_in_metric", w, moments, strengths, metrics, sums, values)
+        self._sweep(plan, "prox_in_metric", w, moments, anchors, strengths, metrics, sums, values)
         return values
 
     def stats(self, w: bytes) -> Tensor:
@@ -170,7 +195,7 @@ class Layout:
             float64 [tensors, 5]. NaN propagates into the first three.
         """
         out = torch.empty(self._number, 5, dtype=torch.float64, device=self.device)
-        self._sweep(self._by_row, "stats", w, None, out, out, out)
+        self._sweep(self._by_row, "stats", w, None, b"", out, out, out)
         return out
 
     def _totals(self) -> tuple[Tensor, Tensor]:
@@ -184,6 +209,7 @@ class Layout:
         sweep: str,
         w: bytes,
         g: bytes | None,
+        anchors: bytes,
         strengths: Tensor,
         scale: Tensor | float | bytes,
         out: Tensor | None = None,
@@ -196,6 +222,11 @@ class Layout:
                 )
         if sweep != "stats":
             self._check_strengths(strengths)
+            if len(anchors) != 16 * self._number * self._anchored:
+                raise ValueError(
+                    f"expected {2 * self._number * self._anchored} addresses of anchors, "
+                    f"of 8 bytes, got {len(anchors)} bytes"
+                )
         if not self._number:
             for total in (out, value):
                 if total is not None:
@@ -208,8 +239,9 @@ class Layout:
             tensors = self._addresses["w of a prox" if writes else "w"].on(queue, w)
             beside = self._addresses["moments" if in_metric else "g"]
             gradients = tensors if g is None else beside.on(queue, g)
+            pairs = self._addresses["anchors"].on(queue, anchors) if anchors else None
             scale = self._metric(queue, scale) if in_metric else self._scale(queue, sweep, scale)
-            plan.launch(queue, sweep, tensors, gradients, strengths, scale, out, value)
+            plan.launch(queue, sweep, tensors, gradients, pairs, strengths, scale, out, value)
 
     def _metric(self, queue: Queue, x: Tensor | bytes) -> Tensor:
         """x in device memory."""

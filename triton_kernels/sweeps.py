@@ -10,7 +10,7 @@ order. So the bits depend neither on the grid nor on the order of events; only w
 A thread adds up its elements of a chunk in the compute dtype, WIDTH in a row and DEPTH of those,
 and goes on in float64. Each element passes at most DEPTH + WIDTH - 2 <= 15 additions and one
 multiplication: a float32 sum of non-negative terms is within 16 * 2^-24 < 1e-6 of the exact one in
-the worst case.
+the worst case. Where rows are anchored, w - origin and the weight are a rounding more each.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ INTERPRETED = tl.constexpr(not isinstance(sign, triton.JITFunction))
 CHUNK = tl.constexpr(8192)  # bytes
 THREADS = tl.constexpr(128)  # of a program
 UNALIGNED_BLOCKS = tl.constexpr(2)  # that a chunk is visited in when it is not whole and aligned
+ANCHORED_BYTES = tl.constexpr(32)  # of a thread in a block of anchored rows, in the compute dtype
 
 # The fields of the row table, int64 [rows + 1, 5]. A row's chunks are numbered FIRST, FIRST + 1,
 # ...; every group starts at a multiple of `run`: slot s holds the numbers [s * run, (s + 1) * run).
@@ -75,9 +76,43 @@ def _narrow(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _at(address, element, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """A pointer to an element of the tensor at an address."""
+    place = (address + element * (DTYPE.primitive_bitwidth // 8)).to(tl.pointer_type(DTYPE))
+    return tl.multiple_of(place, 16) if ALIGNED else place
+
+
+@triton.jit
+def _load(place, tile, inside, ALIGNED: tl.constexpr, COMPUTE: tl.constexpr):
+    if ALIGNED:
+        x = tl.load(place + tile)
+    else:
+        x = tl.load(place + tile, mask=inside, other=0.0)
+    return x.to(COMPUTE)
+
+
+@triton.jit
+def _weighed(x, weight, WEIGHT: tl.constexpr):
+    return x if WEIGHT is None else weight * x
+
+
+@triton.jit
+def _prox(own, x, origin, weight, step, c0, c1, PROX, ORIGIN: tl.constexpr, WEIGHT: tl.constexpr):
+    """origin + prox(x, step * weight), where x = own - origin; own itself where that stays."""
+    if WEIGHT is not None:
+        step = step * weight
+    y = PROX(x, step, c0, c1)
+    if ORIGIN is not None:
+        y = tl.where(y == x, own, origin + y)
+    return y
+
+
+@triton.jit
 def _visit(
     w_address,
     g_address,
+    origin_address,
+    weight_address,
     has_g,
     begin,
     end,
@@ -90,8 +125,11 @@ def _visit(
     root,
     SWEEP: tl.constexpr,
     ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
     BESIDE: tl.constexpr,
+    ORIGIN: tl.constexpr,
+    WEIGHT: tl.constexpr,
     COMPUTE: tl.constexpr,
     SUMS: tl.constexpr,
     TERM: tl.constexpr,
@@ -100,14 +138,15 @@ def _visit(
 ):
     """One sweep over blocks [begin, end) of n elements; returns its sums, or those of `stats`.
 
-    What lies at g: gradients, or for `prox_in_metric` moments, of dtype BESIDE.
+    What lies at g: gradients, or for `prox_in_metric` moments, of dtype BESIDE. The penalty is that
+    of w - origin, each element's times its weight: tensors of dtypes ORIGIN and WEIGHT, or None.
 
-    ALIGNED blocks are whole chunks at 16-byte boundaries and move without a mask, 16 bytes at a
-    time; others are fewer elements, which need a register each for their masks.
+    ALIGNED blocks are of whole chunks at 16-byte boundaries and move without a mask, 16 bytes at a
+    time. A mask needs a register for each element, anchors and weights some more: so a BLOCK is
+    fewer elements there.
     """
     BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
     WIDTH: tl.constexpr = 16 // BYTES if ALIGNED else 1
-    BLOCK: tl.constexpr = CHUNK // BYTES if ALIGNED else CHUNK // BYTES // UNALIGNED_BLOCKS
     DEPTH: tl.constexpr = BLOCK // (THREADS * WIDTH)
     tile = (
         tl.arange(0, DEPTH)[:, None, None] * (THREADS * WIDTH)
@@ -121,22 +160,23 @@ def _visit(
     non_finite = tl.zeros([THREADS], tl.int32)
     for block in range(begin, end):
         at = block * tl.full([], BLOCK, tl.int64)
-        w = (w_address + at * BYTES).to(tl.pointer_type(DTYPE))
-        g = (g_address + at * (BESIDE.primitive_bitwidth // 8)).to(tl.pointer_type(BESIDE))
-        if ALIGNED:
-            w = tl.multiple_of(w, 16)
-            g = tl.multiple_of(g, 16)
+        w = _at(w_address, at, DTYPE, ALIGNED)
+        g = _at(g_address, at, BESIDE, ALIGNED)
         inside = tile < (n - at).to(tl.int32)
-        if ALIGNED:
-            x = tl.load(w + tile).to(COMPUTE)
-        else:
-            x = tl.load(w + tile, mask=inside, other=0.0).to(COMPUTE)
+        own = _load(w, tile, inside, ALIGNED, COMPUTE)
+        x = own
+        origin = own
+        weight = own
+        # All here, so that all loads are in flight together.
         if SWEEP == "accumulate" or SWEEP == "prox_in_metric":
-            # Here, so that all loads are in flight together.
-            if ALIGNED:
-                old = tl.load(g + tile).to(COMPUTE)
-            else:
-                old = tl.load(g + tile, mask=inside, other=0.0).to(COMPUTE)
+            old = _load(g, tile, inside, ALIGNED, COMPUTE)
+        if WEIGHT is not None:
+            place = _at(weight_address, at, WEIGHT, ALIGNED)
+            weight = _load(place, tile, inside, ALIGNED, COMPUTE)
+        if ORIGIN is not None:
+            place = _at(origin_address, at, ORIGIN, ALIGNED)
+            origin = _load(place, tile, inside, ALIGNED, COMPUTE)
+            x = own - origin
         if SWEEP == "stats":
             a = tl.abs(x)
             sum0 += _by_lane(a).to(tl.float64)
@@ -146,11 +186,11 @@ def _visit(
             zeros += _by_lane(zero.to(tl.int32))
             non_finite += _by_lane((x - x != 0).to(tl.int32))
         if SWEEP == "value" or SWEEP == "accumulate":
-            sum0 += _by_lane(TERM(x, c0, c1, 0)).to(tl.float64)
+            sum0 += _by_lane(_weighed(TERM(x, c0, c1, 0), weight, WEIGHT)).to(tl.float64)
             if SUMS > 1:
-                sum1 += _by_lane(TERM(x, c0, c1, 1)).to(tl.float64)
+                sum1 += _by_lane(_weighed(TERM(x, c0, c1, 1), weight, WEIGHT)).to(tl.float64)
         if SWEEP == "accumulate":
-            new = old + scale * GRAD(x, c0, c1)
+            new = old + scale * _weighed(GRAD(x, c0, c1), weight, WEIGHT)
             # The same for every element of a whole chunk, so that its stores stay whole.
             written = tl.zeros_like(tile) + has_g.to(tl.int32) != 0
             if not ALIGNED:
@@ -159,10 +199,10 @@ def _visit(
         if SWEEP == "gradient" or SWEEP == "prox":
             if SWEEP == "gradient":
                 target = g
-                y = scale * GRAD(x, c0, c1)
+                y = scale * _weighed(GRAD(x, c0, c1), weight, WEIGHT)
             else:
                 target = w
-                y = PROX(x, scale, c0, c1)
+                y = _prox(own, x, origin, weight, scale, c0, c1, PROX, ORIGIN, WEIGHT)
             if ALIGNED:
                 tl.store(target + tile, _narrow(y, DTYPE))
             else:
@@ -170,16 +210,19 @@ def _visit(
         if SWEEP == "prox_in_metric":
             d = tl.where(root, square_root(old), old)
             step = tl.where(has_g, divide(scale, factor * d + offset), scale)
-            y = _narrow(PROX(x, step, c0, c1), DTYPE)
+            y = _prox(own, x, origin, weight, step, c0, c1, PROX, ORIGIN, WEIGHT)
+            y = _narrow(y, DTYPE)
             new = y.to(COMPUTE)
             if ALIGNED:
                 tl.store(w + tile, y)
             else:
                 tl.store(w + tile, y, mask=inside)
                 new = tl.where(inside, new, 0)
-            sum0 += _by_lane(TERM(new, c0, c1, 0)).to(tl.float64)
+            if ORIGIN is not None:
+                new -= origin
+            sum0 += _by_lane(_weighed(TERM(new, c0, c1, 0), weight, WEIGHT)).to(tl.float64)
             if SUMS > 1:
-                sum1 += _by_lane(TERM(new, c0, c1, 1)).to(tl.float64)
+                sum1 += _by_lane(_weighed(TERM(new, c0, c1, 1), weight, WEIGHT)).to(tl.float64)
     total0 = 0.0
     total1 = 0.0
     total2 = 0.0
@@ -200,6 +243,7 @@ def _visit(
 def _row_part(
     tensors,
     gradients,
+    anchors,
     row,
     first,
     stop,
@@ -208,6 +252,8 @@ def _row_part(
     SWEEP: tl.constexpr,
     DTYPE: tl.constexpr,
     BESIDE: tl.constexpr,
+    ORIGIN: tl.constexpr,
+    WEIGHT: tl.constexpr,
     SUMS: tl.constexpr,
     TERM: tl.constexpr,
     GRAD: tl.constexpr,
@@ -217,6 +263,10 @@ def _row_part(
     COMPUTE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
     ELEMENTS: tl.constexpr = CHUNK // BYTES
+    ANCHORED: tl.constexpr = ORIGIN is not None or WEIGHT is not None
+    FEW: tl.constexpr = THREADS * ANCHORED_BYTES // (COMPUTE.primitive_bitwidth // 8)
+    BLOCK: tl.constexpr = FEW if ANCHORED else ELEMENTS
+    PART: tl.constexpr = FEW if ANCHORED else ELEMENTS // UNALIGNED_BLOCKS
     start = (first - tl.load(row + FIRST)) * CHUNK  # bytes
     n = tl.minimum(tl.load(row + NUMEL) - start // BYTES, (stop - first).to(tl.int64) * ELEMENTS)
     tensor = tl.load(row + TENSOR)
@@ -250,13 +300,26 @@ def _row_part(
         factor = tl.load(numbers + 1).to(COMPUTE)
         offset = tl.load(numbers + 2).to(COMPUTE)
         root = tl.load(numbers + 3) != 0
-    whole = tl.where((w | g) % 16 == 0, n // ELEMENTS, 0).to(tl.int32)
+    places = w | g
+    origin = w
+    weight = w
+    if ORIGIN is not None:
+        origin = tl.load(anchors + 2 * tensor)
+        origin += start // BYTES * (ORIGIN.primitive_bitwidth // 8)
+        places |= origin
+    if WEIGHT is not None:
+        weight = tl.load(anchors + 2 * tensor + 1)
+        weight += start // BYTES * (WEIGHT.primitive_bitwidth // 8)
+        places |= weight
+    whole = tl.where(places % 16 == 0, n // ELEMENTS, 0).to(tl.int32)
     a0, a1, a2, a3, a4 = _visit(
         w,
         g,
+        origin,
+        weight,
         has_g,
         0,
-        whole,
+        whole * (ELEMENTS // BLOCK),
         n,
         c0,
         c1,
@@ -266,19 +329,24 @@ def _row_part(
         root,
         SWEEP,
         True,
+        BLOCK,
         DTYPE,
         BESIDE,
+        ORIGIN,
+        WEIGHT,
         COMPUTE,
         SUMS,
         TERM,
         GRAD,
         PROX,
     )
-    begin = whole * UNALIGNED_BLOCKS
-    end = tl.cdiv(n, ELEMENTS // UNALIGNED_BLOCKS).to(tl.int32)
+    begin = whole * (ELEMENTS // PART)
+    end = tl.cdiv(n, PART).to(tl.int32)
     b0, b1, b2, b3, b4 = _visit(
         w,
         g,
+        origin,
+        weight,
         has_g,
         begin,
         end,
@@ -291,8 +359,11 @@ def _row_part(
         root,
         SWEEP,
         False,
+        PART,
         DTYPE,
         BESIDE,
+        ORIGIN,
+        WEIGHT,
         COMPUTE,
         SUMS,
         TERM,
@@ -390,6 +461,7 @@ def _count(counter, done, of):
     do_not_specialize_on_alignment=[
         "tensors",
         "gradients",
+        "anchors",
         "rows",
         "groups",
         "strengths",
@@ -403,6 +475,7 @@ def _count(counter, done, of):
 def sweep(
     tensors,  # int64 [tensors] addresses, 0 for what a prox leaves out
     gradients,  # int64 [tensors] addresses, 0 for none; for `prox_in_metric` of moments
+    anchors,  # int64 [tensors, 2] addresses: of origins and weights; None if no kind has any
     rows,  # int64 [n_rows + 1, 5]
     groups,  # int64 [n_groups, 4]
     strengths,  # float64 [n_groups, 2]
@@ -419,6 +492,8 @@ def sweep(
     COLUMNS: tl.constexpr,
     DTYPES: tl.constexpr,  # of each kind of row
     BESIDE: tl.constexpr,  # of each kind of row, the dtype of its gradient or moment
+    ORIGINS: tl.constexpr,  # of each kind of row, the dtype of what it is measured from, or None
+    WEIGHTS: tl.constexpr,  # of each kind of row, the dtype of its elements' weights, or None
     PENALTY_OF: tl.constexpr,  # of each kind of row: an index into the following
     SUMS: tl.constexpr,
     TERMS: tl.constexpr,
@@ -429,6 +504,7 @@ def sweep(
 ):
     """One SWEEP over all rows. value, stats: reads N. gradient, prox: reads N, writes N.
     accumulate: reads 2 N, writes N. prox_in_metric: the same where moments are as wide as weights.
+    Anchors are read too.
 
     Each program takes a contiguous share of the slots: one binary search, then increments.
     """
@@ -461,6 +537,7 @@ def sweep(
                     a0, a1, a2, a3, a4 = _row_part(
                         tensors,
                         gradients,
+                        anchors,
                         about,
                         chunk,
                         stop,
@@ -469,6 +546,8 @@ def sweep(
                         SWEEP,
                         DTYPES[k],
                         BESIDE[k],
+                        ORIGINS[k],
+                        WEIGHTS[k],
                         SUMS[PENALTY_OF[k]],
                         TERMS[PENALTY_OF[k]],
                         GRADS[PENALTY_OF[k]],

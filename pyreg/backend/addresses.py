@@ -1,4 +1,5 @@
-"""Where tensors, gradients and moments lie: a look at each at every call, for sweeps in Triton.
+"""Where tensors lie, their gradients, moments and anchors: a look at each at every call, for sweeps
+in Triton.
 
 Compiled (csrc/look.h) where the compiled module is there, else in Python; both compare every tensor
 with what the pack recorded, and ask for the storage of one that moved. Addresses are int64 numbers
@@ -49,7 +50,7 @@ class Beside(NamedTuple):
 class CompiledLook:
     def __init__(self, pack: Pack, tensors: list[Tensor]) -> None:
         self._native = load()
-        self._look = self._native.Look(tensors)
+        self._look = self._native.Look(tensors, pack.anchors or [])
 
     def tensors(self, tensors: list[Tensor]) -> bytes:
         return self._ask("tensors", tensors)
@@ -57,6 +58,11 @@ class CompiledLook:
     def separate_tensors(self, tensors: list[Tensor]) -> tuple[bytes, list[int]]:
         """`others`: rows that share memory with another row."""
         return self._ask("separate_tensors", tensors)
+
+    def anchors(self) -> bytes:
+        """[rows, 2]: of origins and weights; nothing if there are none. To be asked after the
+        tensors."""
+        return self._ask("anchors")
 
     def with_moments(self, tensors: list[Tensor], moments: list[Tensor | None]) -> Beside:
         return Beside(*self._ask("with_moments", tensors, moments))
@@ -82,7 +88,8 @@ class PythonLook:
     def __init__(self, pack: Pack, tensors: list[Tensor]) -> None:
         self._pack = pack
         self._bytes = [shape.numel() * dtype.itemsize for dtype, shape, _ in pack.geometry]
-        self._weights = self._gradients = _Seen([], [])
+        self._pairs = [t for pair in pack.anchors or () for t in pair]
+        self._weights = self._gradients = self._anchors = _Seen([], [])
 
     def tensors(self, tensors: list[Tensor]) -> bytes:
         return self._look(tensors).addresses
@@ -90,6 +97,9 @@ class PythonLook:
     def separate_tensors(self, tensors: list[Tensor]) -> tuple[bytes, list[int]]:
         seen = self._look(tensors)
         return seen.without(seen.overlapping), seen.overlapping
+
+    def anchors(self) -> bytes:
+        return self._anchors.addresses
 
     def with_moments(self, tensors: list[Tensor], moments: list[Tensor | None]) -> Beside:
         seen = self._look(tensors)
@@ -126,11 +136,10 @@ class PythonLook:
         return self.with_gradients(tensors, list(map(_grad, tensors)))
 
     def _look(self, tensors: list[Tensor]) -> _Seen:
-        if not self._weights.is_of(tensors):
+        if not (self._weights.is_of(tensors) and self._anchors.is_of(self._pairs)):
             self._pack.check_rows(tensors)
-            if any(t.is_neg() or is_freed(t) for t in tensors):
-                raise StaleLayout
             self._weights = _Seen(tensors, self._bytes)
+            self._anchors = _Seen(self._pairs, [0] * len(self._pairs))
         return self._weights
 
 

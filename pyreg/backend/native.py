@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..metric import Metric
-from ..pack import GradientMismatch, Pack, StaleLayout, is_freed
+from ..pack import GradientMismatch, Pack, StaleLayout
 from ..penalties import Penalty
 from . import cuda
 from .torch import add_gradient, apply_prox, apply_prox_in_metric
@@ -56,7 +56,7 @@ class NativeBackend:
         layout = pack.layouts.get(self.name)
         if layout is None:
             pack.check_rows(tensors)
-            layout = load().Layout(tensors, pack.rule_of, list(pack.penalties), pack.anchors)
+            layout = load().Layout(tensors, pack.rule_of, list(pack.penalties), pack.anchors or [])
             pack.layouts[self.name] = layout
         return layout
 
@@ -77,8 +77,6 @@ class NativeBackend:
 
     def check(self, pack: Pack, tensors: list[Tensor]) -> None:
         pack.check_rows(tensors)
-        if any(t.is_neg() or is_freed(t) for t in tensors):
-            raise StaleLayout
 
     def value(
         self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty]

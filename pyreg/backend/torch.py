@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..metric import Metric
-from ..pack import Pack, StaleLayout, is_freed
+from ..pack import Pack
 from ..penalties import Penalty
 
 
@@ -26,7 +26,7 @@ class TorchBackend:
         return None
 
     def check(self, pack: Pack, tensors: Sequence[Tensor]) -> None:
-        _check(pack, tensors)
+        pack.check_rows(tensors)
 
     def differentiable_value(
         self, pack: Pack, tensors: Sequence[Tensor], rules: Sequence[Penalty]
@@ -82,7 +82,7 @@ class TorchBackend:
         rules: Sequence[Penalty],
     ) -> tuple[Tensor, Tensor]:
         """By the formulas on every device, tensor by tensor. Native CUDA has no other yet."""
-        _check(pack, tensors)
+        pack.check_rows(tensors)
         for i, (t, metric) in enumerate(zip(tensors, metrics, strict=True)):
             apply_prox_in_metric(pack.penalty(i, rules), t, metric)
         return _values(pack, tensors, rules)
@@ -107,12 +107,6 @@ def _values(
         for rule, term in zip(pack.rule_of, terms, strict=True):
             of_rules[rule].append(term)
         return torch.stack(terms).sum(), torch.stack([torch.stack(t).sum() for t in of_rules])
-
-
-def _check(pack: Pack, tensors: Sequence[Tensor]) -> None:
-    pack.check_rows(tensors)
-    if any(map(is_freed, tensors)):
-        raise StaleLayout
 
 
 def _scaled_gradient(penalty: Penalty, w: Tensor, scale: float | Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class _State:
     def __init__(self, pack: Pack, tensors: list[Tensor]) -> None:
         pack.check_rows(tensors)
         self.look = look_at(pack, tensors)
-        self.layout = load().Layout(tensors, pack.rule_of, list(pack.penalties))
+        self.layout = load().Layout(tensors, pack.rule_of, list(pack.penalties), pack.anchors)
         # By stream, as one does not wait for another: numbers, and they on the device.
         self.strengths: dict[int, tuple[tuple[float, ...], Tensor]] = {}
         self.captured: list[Tensor] = []  # those that a CUDA graph goes on reading
@@ -70,8 +70,6 @@ class TritonBackend:
     def refuses(self, pack: Pack, by_name: bool = False) -> str | None:
         if pack.irregular is not None:
             return pack.irregular
-        if pack.anchors is not None:
-            return "anchored penalties have no kernels there yet"
         serves = "cpu" if interpreted() else "cuda"
         if pack.device.type != serves:
             return f"no Triton sweeps for device {pack.device} (they serve {serves} tensors here)"
@@ -90,7 +88,7 @@ class TritonBackend:
     ) -> tuple[Tensor, Tensor]:
         state = self._state(pack, tensors)
         w = state.look.tensors(tensors)
-        return state.layout.value(w, self._strengths(state, pack, rules))
+        return state.layout.value(w, self._strengths(state, pack, rules), state.look.anchors())
 
     def gradient(
         self,
@@ -104,17 +102,18 @@ class TritonBackend:
         shown = state.look.with_gradients(tensors, grads)
         if shown.others:
             raise ValueError("a gradient has other strides than its tensor")
-        strengths = self._strengths(state, pack, rules)
-        state.layout.gradient(shown.tensors, shown.gradients, strengths, _on_device(scale, pack))
+        strengths, anchors = self._strengths(state, pack, rules), state.look.anchors()
+        scale = _on_device(scale, pack)
+        state.layout.gradient(shown.tensors, shown.gradients, strengths, scale, anchors)
 
     def accumulate(
         self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty], scale: float | Tensor
     ) -> tuple[Tensor, Tensor, int]:
         state = self._state(pack, tensors)
         shown = state.look.with_own_gradients(tensors)
-        strengths = self._strengths(state, pack, rules)
+        strengths, anchors = self._strengths(state, pack, rules), state.look.anchors()
         scale = _on_device(scale, pack)
-        values = state.layout.accumulate(shown.tensors, shown.gradients, strengths, scale)
+        values = state.layout.accumulate(shown.tensors, shown.gradients, strengths, scale, anchors)
         for i in shown.others:
             add_gradient(pack.penalty(i, rules), tensors[i], scale)
         return values[0], values[1:], shown.present
@@ -124,8 +123,9 @@ class TritonBackend:
     ) -> None:
         state = self._state(pack, tensors)
         w, others = state.look.separate_tensors(tensors)
+        strengths, anchors = self._strengths(state, pack, rules), state.look.anchors()
         step = _on_device(step, pack)
-        state.layout.prox(w, self._strengths(state, pack, rules), step)
+        state.layout.prox(w, strengths, step, anchors)
         for i in others:
             apply_prox(pack.penalty(i, rules), tensors[i], step)
         torch.autograd.graph.increment_version(tensors)
@@ -145,6 +145,7 @@ class TritonBackend:
             shown.float32,
             self._strengths(state, pack, rules),
             _numbers(metrics, pack.device),
+            state.look.anchors(),
         )
         for i in shown.others:
             apply_prox_in_metric(pack.penalty(i, rules), tensors[i], metrics[i])
