@@ -172,7 +172,6 @@ class Fused(Optimizer):
             backend = choose(current[0]).backend
             if len(current) > 1 or current[0].anchors or not hasattr(backend, "step"):
                 return None
-            backend.check(current[0], tensors)
             found, done = [self._rows(group) for group in self.param_groups], None
             try:
                 done = self._sweep(backend, current[0], tensors, found, penalised, rules, scale)
