@@ -17,6 +17,13 @@ namespace py = pybind11;
 namespace pyreg {
 namespace {
 
+#define PYREG_STATES(U) U::kStates,
+#define PYREG_MOMENT(U) U::kMoment,
+constexpr int kStatesOf[] = {PYREG_UPDATES(PYREG_STATES)};
+constexpr int kMomentOf[] = {PYREG_UPDATES(PYREG_MOMENT)};
+#undef PYREG_STATES
+#undef PYREG_MOMENT
+
 class Layout {
  public:
   Layout(const py::list& tensors, const std::vector<int>& rule_of,
@@ -112,6 +119,57 @@ class Layout {
                           values_from_sums(table_, sums.data(), strengths.data()), beside.others);
   }
 
+  // An optimizer's step on every row. states: a list of tensors for each kind of state. updates and
+  // sets: [rows] an update, and which of the sets of numbers is its own: [kNumbers + 3], the last
+  // three its metric's numerator, factor and offset. penalised: [rows] 1 or 0. Returns the value,
+  // each rule's, and the zeros of penalised weights; or None where a row cannot be visited so: one
+  // shares memory with another, or what lies beside it has other strides or dtypes.
+  py::object step(const py::list& tensors, const std::vector<py::list>& states,
+                  const std::vector<int>& updates, const std::vector<int>& sets,
+                  const std::vector<double>& numbers, const std::string& penalised, bool prox,
+                  const std::vector<double>& strengths, double scale, int threads) {
+    check_strengths(strengths);
+    const size_t rows = table_.rows().size();
+    constexpr size_t kSet = kNumbers + 3;
+    if (updates.size() != rows || sets.size() != rows || penalised.size() != rows ||
+        states.size() > kMaxStates)
+      throw py::value_error("one update, set and flag per tensor");
+    for (const py::list& state : states)
+      if (py::len(state) != rows) throw py::value_error("one state per tensor");
+    TensorReader reader;
+    const Shown shown = look_.with_own_gradients(tensors, reader);
+    if (shown.present != static_cast<int64_t>(rows)) throw py::value_error("a gradient is missing");
+    if (!shown.others.empty() || !look_.overlapping().empty()) return py::none();
+    std::vector<Update> todo(rows);
+    for (size_t i = 0; i < rows; ++i) {
+      Update& update = todo[i];
+      update.update = updates[i];
+      update.penalised = penalised[i] != 0;
+      const size_t set = static_cast<size_t>(sets[i]);
+      if (update.update < 0 || update.update >= kUpdates || (set + 1) * kSet > numbers.size())
+        throw py::value_error("no such update or set of numbers");
+      if (!look_.states(i, states, reader, update.states, update.float32)) return py::none();
+      for (int k = 0; k < kStatesOf[update.update]; ++k)
+        if (update.states[k] == nullptr && table_.rows()[i].numel > 0)
+          throw py::value_error("row " + std::to_string(i) + ": a state is missing");
+      update.numbers = numbers.data() + set * kSet;
+      update.metric.numerator = update.numbers[kNumbers];
+      update.metric.factor = update.numbers[kNumbers + 1];
+      update.metric.offset = update.numbers[kNumbers + 2];
+      update.metric.float32 = update.float32;
+      if (const int k = kMomentOf[update.update]; k >= 0) update.metric.moment = update.states[k];
+    }
+    std::vector<double> sums = make_sums();
+    int64_t zeros = 0;
+    {
+      py::gil_scoped_release release;
+      zeros = cpu::step(table_, shown.w.data(), shown.g.data(), todo.data(), prox, strengths.data(),
+                        scale, sums.data(), threads);
+    }
+    return py::make_tuple(value_from_sums(table_, sums.data(), strengths.data()),
+                          values_from_sums(table_, sums.data(), strengths.data()), zeros);
+  }
+
   // [(l1, l2_squared, max_abs, zeros, non_finite), ...], one per row.
   std::vector<std::tuple<double, double, double, int64_t, int64_t>> stats(const py::list& tensors,
                                                                           int threads) {
@@ -146,6 +204,21 @@ class Layout {
   Look look_;
   Table table_;
 };
+
+// Adds 1 to each of these 0-dim CPU tensors, and returns them as numbers.
+std::vector<double> count(const py::list& steps) {
+  TensorReader reader;
+  std::vector<double> counts;
+  counts.reserve(py::len(steps));
+  for (py::handle tensor : steps) {
+    const TensorView view = reader.read(tensor.ptr());
+    const bool wide = view.dtype == DType::kFloat64;
+    if (view.ndim != 0 || view.device_type != 1 || (!wide && view.dtype != DType::kFloat32))
+      throw py::value_error("a step is a 0-dim float tensor on the CPU");
+    counts.push_back(wide ? ++*static_cast<double*>(view.data) : ++*static_cast<float*>(view.data));
+  }
+  return counts;
+}
 
 // Addresses as int64 in one piece, to be compared and copied at once.
 static_assert(sizeof(void*) == sizeof(int64_t));
@@ -208,6 +281,8 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "pyreg's native sweeps over CPU tensors. Use pyreg's Python functions instead.";
   m.attr("max_strengths") = pyreg::kMaxStrengths;
   m.attr("max_sums") = pyreg::kMaxSums;
+  m.attr("numbers") = pyreg::kNumbers;
+  m.attr("updates") = py::tuple(py::cast(pyreg::kUpdateNames));
   m.attr("penalties") = py::tuple(py::cast(pyreg::kPenaltyNames));
   py::register_local_exception<pyreg::StaleLayout>(m, "StaleLayout", PyExc_RuntimeError);
   py::register_local_exception<pyreg::GradientMismatch>(m, "GradientMismatch", PyExc_RuntimeError);
@@ -218,6 +293,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("has_exchange_api", &pyreg::TensorReader::has_exchange_api);
   m.def("use_exchange_api", &pyreg::TensorReader::use_exchange_api, py::arg("yes"));
   m.def("require_grad", &pyreg::require_grad, py::arg("tensors"));
+  m.def("count", &pyreg::count, py::arg("steps"));
   m.def("unchanged", &pyreg::unchanged, py::arg("slots"));
   py::class_<Layout>(m, "Layout")
       .def(py::init<const py::list&, const std::vector<int>&, const std::vector<std::string>&,
@@ -233,6 +309,9 @@ PYBIND11_MODULE(_native, m) {
            py::arg("threads"))
       .def("prox_in_metric", &Layout::prox_in_metric, py::arg("tensors"), py::arg("moments"),
            py::arg("numbers"), py::arg("root"), py::arg("strengths"), py::arg("threads"))
+      .def("step", &Layout::step, py::arg("tensors"), py::arg("states"), py::arg("updates"),
+           py::arg("sets"), py::arg("numbers"), py::arg("penalised"), py::arg("prox"),
+           py::arg("strengths"), py::arg("scale"), py::arg("threads"))
       .def("stats", &Layout::stats, py::arg("tensors"), py::arg("threads"));
   py::class_<Shown>(m, "Shown")
       .def_property_readonly("tensors", [](const Shown& s) { return pyreg::as_bytes(s.w); })

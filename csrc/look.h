@@ -7,12 +7,16 @@
 
 #include <pybind11/pybind11.h>
 
+#include <optional>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "penalties.h"
 #include "places.h"
 #include "tensor_view.h"
+#include "updates.h"
 
 namespace pyreg {
 
@@ -29,6 +33,9 @@ struct GradientMismatch : std::runtime_error {
 #define PYREG_NAME(P) P::name,
 const inline std::vector<std::string> kPenaltyNames = {PYREG_PENALTIES(PYREG_NAME)};
 const inline std::vector<std::string> kElementaryNames = {PYREG_ELEMENTARY(PYREG_NAME)};
+#undef PYREG_NAME
+#define PYREG_NAME(U) U::name,
+const inline std::vector<std::string> kUpdateNames = {PYREG_UPDATES(PYREG_NAME)};
 #undef PYREG_NAME
 
 // Places in a list of names.
@@ -103,7 +110,7 @@ class Look {
         pairs_(std::move(pairs)),
         weights_(rule_of.size()),
         gradients_(rule_of.size()),
-        moments_(rule_of.size()),
+        states_(kMaxStates, Places(rule_of.size())),
         origins_(rule_of.size()),
         masses_(rule_of.size()) {
     if (rule_of.size() != pybind11::len(tensors))
@@ -154,6 +161,9 @@ class Look {
     return pointers;
   }
 
+  // Rows that shared memory with another one at the last look.
+  const std::vector<int64_t>& overlapping() { return weights_.overlapping(bytes_); }
+
   // moments[i] is a tensor of the shape of tensors[i], or None. `others` are rows that share memory
   // with another row, and those whose moment has other strides or a dtype that is neither the row's
   // own nor float32.
@@ -166,21 +176,38 @@ class Look {
     beside.moments.resize(rows_.size());
     beside.float32.resize(rows_.size());
     for (size_t i = 0; i < rows_.size(); ++i) {
-      PyObject* const moment = PyList_GET_ITEM(moments.ptr(), i);
-      if (moment == Py_None) continue;
-      bool same_strides;
-      const TensorView view = look_at_moment(i, moment, reader, same_strides);
+      PyObject* const tensor = PyList_GET_ITEM(moments.ptr(), i);
+      if (tensor == Py_None) continue;
+      const auto found = moment(i, tensor, reader, states_[0]);
       if (beside.w[i] == nullptr) continue;
-      const bool own = view.dtype == rows_[i].dtype;
-      if (same_strides && (own || view.dtype == DType::kFloat32)) {
-        beside.moments[i] = view.data;
-        beside.float32[i] = !own;
+      if (found) {
+        std::tie(beside.moments[i], beside.float32[i]) = *found;
       } else {
         beside.others.push_back(static_cast<int64_t>(i));
         beside.w[i] = nullptr;
       }
     }
     return beside;
+  }
+
+  // Where states[k][i] lies, the k-th state of tensors[i], or None; null for that. Sets `float32`
+  // where they are and the row is not. False: the caller must see to the row, as states have other
+  // strides, or dtypes that are neither float32 nor the row's own, or are not all alike.
+  bool states(size_t i, const std::vector<pybind11::list>& given, TensorReader& reader,
+              void** pointers, bool& float32) {
+    bool fine = true;
+    std::optional<bool> kind;
+    for (size_t k = 0; k < given.size(); ++k) {
+      PyObject* const tensor = PyList_GET_ITEM(given[k].ptr(), i);
+      if (tensor == Py_None) continue;
+      const auto found = moment(i, tensor, reader, states_[k]);
+      fine = fine && found && kind.value_or(found->second) == found->second;
+      if (!fine) continue;
+      pointers[k] = found->first;
+      kind = found->second;
+    }
+    float32 = kind.value_or(false);
+    return fine;
   }
 
   // Where the anchors are now, if there are any: tensors of their row's shape and strides, in any
@@ -286,12 +313,16 @@ class Look {
     return shown;
   }
 
-  TensorView look_at_moment(size_t i, PyObject* moment, TensorReader& reader, bool& same_strides) {
-    const TensorView view = read_as<pybind11::value_error>(moment, i, reader);
-    if (!lies_beside(view, i) || !in_memory(view, moment, i, moments_))
+  // A moment's address and whether it is float32 and not the row's own dtype; or nothing, where its
+  // strides are others or its dtype is neither.
+  std::optional<std::pair<void*, bool>> moment(size_t i, PyObject* tensor, TensorReader& reader,
+                                               Places& places) {
+    const TensorView view = read_as<pybind11::value_error>(tensor, i, reader);
+    if (!lies_beside(view, i) || !in_memory(view, tensor, i, places))
       throw pybind11::value_error("row " + std::to_string(i) + ": a moment unlike its tensor");
-    same_strides = view.same_strides(row(i));
-    return view;
+    const bool own = view.dtype == rows_[i].dtype;
+    if (!view.same_strides(row(i)) || (!own && view.dtype != DType::kFloat32)) return {};
+    return std::make_pair(view.data, !own);
   }
 
   TensorView look(const pybind11::list& tensors, size_t i, TensorReader& reader) {
@@ -360,7 +391,9 @@ class Look {
   std::vector<int64_t> bytes_;  // [rows]
   Pairs pairs_;
   std::vector<Anchor> anchors_;  // [pairs] their dtypes, without addresses
-  Places weights_, gradients_, moments_, origins_, masses_;
+  Places weights_, gradients_;
+  std::vector<Places> states_;
+  Places origins_, masses_;
 };
 
 }  // namespace pyreg

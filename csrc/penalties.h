@@ -440,6 +440,16 @@ struct SCAD {
 #define PYREG_ELEMENTARY(X) X(L1) X(L2) X(ElasticNet)
 #define PYREG_PENALTIES(X) PYREG_ELEMENTARY(X) X(L0) X(LHalf) X(Huber) X(LogSum) X(MCP) X(SCAD)
 
+// A penalty's place in the list.
+template <class P>
+constexpr int index_of = -1;
+#define PYREG_INDEX(P) \
+  template <>          \
+  constexpr int index_of<P> = __COUNTER__ - kFirst;
+constexpr int kFirst = __COUNTER__ + 1;
+PYREG_PENALTIES(PYREG_INDEX)
+#undef PYREG_INDEX
+
 #define PYREG_COUNT(P) +1
 constexpr int kPenalties = 0 PYREG_PENALTIES(PYREG_COUNT);
 constexpr int kElementary = 0 PYREG_ELEMENTARY(PYREG_COUNT);

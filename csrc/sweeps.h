@@ -6,6 +6,7 @@
 #pragma once
 
 #include "table.h"
+#include "updates.h"
 
 namespace pyreg {
 
@@ -21,6 +22,16 @@ struct Metric {
   bool float32 = false;  // the moment's dtype: float32, or else the row's own
   bool root = true;
   double numerator = 0, factor = 1, offset = 0;
+};
+
+// What an optimizer's step does to a row.
+struct Update {
+  int update = 0;        // of updates.h
+  bool float32 = false;  // the states' dtype: float32, or else the row's own
+  bool penalised = false;
+  void* states[kMaxStates] = {};
+  const double* numbers = nullptr;  // [kNumbers]
+  Metric metric;                    // whose moment is one of the states
 };
 
 namespace cpu {
@@ -59,6 +70,13 @@ void prox(const Table& table, void* const* w, const double* strengths, double st
 void prox_in_metric(const Table& table, void* const* w, const Metric* metrics,
                     const double* strengths, double* sums, int threads,
                     const Anchor* anchors = nullptr);
+
+// An optimizer's step on each row, and the penalty's gradient before it, or its prox after it, in
+// the same visit: reads w, g and the states, writes w and the states. The sums are those of w
+// before a gradient, or after a prox. Rows with a null w are left out. Returns the zeros of the new
+// w in penalised rows.
+int64_t step(const Table& table, void* const* w, const void* const* g, const Update* updates,
+             bool prox, const double* strengths, double scale, double* sums, int threads);
 
 // stats is [rows]. Reads N.
 void stats(const Table& table, const void* const* w, Stats* stats, int threads);

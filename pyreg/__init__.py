@@ -8,7 +8,7 @@ value = reg.accumulate_()                            # adds the gradient to .gra
 
 import importlib.metadata as _metadata
 
-from . import priors, schedules
+from . import optim, priors, schedules
 from .dispatch import BackendError, backends, use_backend
 from .functional import elastic_net, l1, l2, penalty
 from .penalties import (
@@ -49,6 +49,7 @@ __all__ = [
     "elastic_net",
     "l1",
     "l2",
+    "optim",
     "penalty",
     "priors",
     "schedules",

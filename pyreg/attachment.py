@@ -65,7 +65,7 @@ class Attachment:
                 "value: add reg() to the loss in the closure instead"
             )
         self.reg, self.optimizer, self.mode = reg, optimizer, mode
-        self._check_held()
+        check_held(reg, optimizer)
         self._coupling = coupling
         for group in optimizer.param_groups:
             _rate(coupling, group)
@@ -84,15 +84,6 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
 
-    def _check_held(self) -> None:
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        for name, t in self.reg.trainable():
-            if id(t) not in held:
-                raise ValueError(
-                    f"the optimizer does not hold {name!r}, which a rule penalises; exclude it, or "
-                    "attach a regularizer of its own to each optimizer"
-                )
-
     def _before(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> Any:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
@@ -109,41 +100,62 @@ class Attachment:
         return (args[0], penalised, *args[2:]), kwargs
 
     def _add(self) -> None:
-        # An optimizer that unscales gradients itself is given the loss scale for the step.
-        scale = getattr(self.optimizer, "grad_scale", None)
-        scale = 1.0 if scale is None else scale
-        ascends = {bool(group.get("maximize")) for group in self.optimizer.param_groups}
-        if len(ascends) > 1:
-            raise ValueError("param groups with and without maximize=True: use one optimizer each")
-        self.reg._accumulate(-scale if ascends == {True} else scale)
+        add_gradients(self.reg, self.optimizer)
         self.reg.advance()
 
     def _after(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.reg._prox(self._metric_of_rows())
+        self.reg._prox(metric_of_rows(self.optimizer, self._metric, self._coupling))
         self.reg.advance()
 
-    def _metric_of_rows(self) -> Callable[[Tensor], Metric | None]:
-        """Each parameter's metric; None for one that this step did not move."""
-        skipped = getattr(self.optimizer, "found_inf", None)
-        groups = {}
-        for group in self.optimizer.param_groups:
-            with_rate = {**group, "lr": _rate(self._coupling, group)}
-            groups |= {id(p): with_rate for p in group["params"]}
 
-        def metric(p: Tensor) -> Metric | None:
-            group, state = groups.get(id(p)), self.optimizer.state.get(p)
-            if group is None or p.grad is None:
-                return None
-            if skipped is None:
-                return self._metric(group, state)
-            if skipped.device.type == "cpu":
-                return None if skipped.item() else self._metric(group, state)
-            # Without waiting for the device: a step of 0 changes nothing.
-            found = self._metric(group, state)
-            moved = (skipped.to(p.device) == 0).double()
-            return found._replace(numerator=found.numerator * moved)
+def check_held(reg: Regularizer, optimizer: Optimizer) -> None:
+    """Raise ValueError, naming it, if a penalised parameter is not the optimizer's."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, t in reg.trainable():
+        if id(t) not in held:
+            raise ValueError(
+                f"the optimizer does not hold {name!r}, which a rule penalises; exclude it, or "
+                "attach a regularizer of its own to each optimizer"
+            )
 
-        return metric
+
+def add_gradients(reg: Regularizer, optimizer: Optimizer) -> None:
+    """Add the penalty's gradients to those that the optimizer is about to use."""
+    # An optimizer that unscales gradients itself is given the loss scale for the step.
+    scale = getattr(optimizer, "grad_scale", None)
+    scale = 1.0 if scale is None else scale
+    ascends = {bool(group.get("maximize")) for group in optimizer.param_groups}
+    if len(ascends) > 1:
+        raise ValueError("param groups with and without maximize=True: use one optimizer each")
+    reg._accumulate(-scale if ascends == {True} else scale)
+
+
+def metric_of_rows(
+    optimizer: Optimizer,
+    read: Callable[[dict[str, Any], dict[str, Any]], Metric],
+    coupling: Coupling = "lr",
+) -> Callable[[Tensor], Metric | None]:
+    """Each parameter's metric; None for one that the step before did not move."""
+    skipped = getattr(optimizer, "found_inf", None)
+    groups = {}
+    for group in optimizer.param_groups:
+        with_rate = {**group, "lr": _rate(coupling, group)}
+        groups |= {id(p): with_rate for p in group["params"]}
+
+    def metric(p: Tensor) -> Metric | None:
+        group, state = groups.get(id(p)), optimizer.state.get(p)
+        if group is None or p.grad is None:
+            return None
+        if skipped is None:
+            return read(group, state)
+        if skipped.device.type == "cpu":
+            return None if skipped.item() else read(group, state)
+        # Without waiting for the device: a step of 0 changes nothing.
+        found = read(group, state)
+        moved = (skipped.to(p.device) == 0).double()
+        return found._replace(numerator=found.numerator * moved)
+
+    return metric
 
 
 def _rate(coupling: Coupling, group: dict[str, Any]) -> float | Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import autograd, ops, sweeps
-from .attachment import Attachment, Coupling, Mode
+from .attachment import Attachment, Coupling, Mode, check_held
 from .coverage import Coverage, Covered, report_rules, resolve
 from .dispatch import choose
 from .look import Slots, require_grad, unchanged
@@ -215,12 +215,21 @@ class Regularizer:
         backward splitting", for D = 1; Loshchilov & Hutter (2019), "Decoupled weight decay
         regularization", for "schedule".
         """
+        self._check_free()
+        self._attachment = Attachment(self, optimizer, mode, metric, coupling)
+        return self._attachment
+
+    def join(self, inside: Any) -> None:
+        """Belong to the pyreg optimizer `inside.optimizer`, until `inside.detach()`."""
+        self._check_free()
+        check_held(self, inside.optimizer)
+        self._attachment = inside
+
+    def _check_free(self) -> None:
         if self._attachment is not None:
             raise ValueError(
                 f"already attached to {type(self._attachment.optimizer).__name__}; detach() first"
             )
-        self._attachment = Attachment(self, optimizer, mode, metric, coupling)
-        return self._attachment
 
     def detach(self) -> None:
         """End what `attach` began; without it, nothing happens."""

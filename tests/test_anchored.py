@@ -14,6 +14,7 @@ from torch import nn
 
 import pyreg
 from pyreg import L1, L2, MCP, ElasticNet, Regularizer, dispatch, reference
+from pyreg.attachment import metric_of_rows
 from pyreg.backend.triton import load
 from pyreg.pack import Pack
 
@@ -373,7 +374,7 @@ class TestNothingHalfDone:
         attachment = self.reg.attach(optimizer, "prox")
         before = self.a.tolist()
         with pytest.raises(TypeError, match=r"'b'.*moment is torch.int32"):
-            self.reg._prox(attachment._metric_of_rows())
+            self.reg._prox(metric_of_rows(attachment.optimizer, attachment._metric))
         assert self.a.tolist() == before
 
     def test_weights_that_became_their_own_anchor(self, backend):

@@ -15,38 +15,13 @@
 
 #include <cstring>
 
-#include "elements.h"
+#include "blocks.h"
 
 namespace pyreg::cpu::PYREG_ISA {
 namespace {
 
-constexpr int kLanes = kBlock;
 constexpr int kDepth = kChunk / kLanes;
 static_assert(kDepth == 16, "the error bound above assumes it");
-
-// The first `used` lanes (a multiple of 16; the others are zero) in double: 16 strided sums, then
-// one, always in this order.
-template <class C>
-PYREG_FN double reduce(const C* lanes, int used) {
-  double d[16];
-  for (int j = 0; j < 16; ++j) d[j] = static_cast<double>(lanes[j]);
-  for (int i = 16; i < used; i += 16)
-    for (int j = 0; j < 16; ++j) d[j] += static_cast<double>(lanes[i + j]);
-  for (int j = 0; j < 8; ++j) d[j] += d[j + 8];
-  for (int j = 0; j < 4; ++j) d[j] += d[j + 4];
-  return (d[0] + d[2]) + (d[1] + d[3]);
-}
-
-// Asks for the row that comes kAhead bytes later: the hardware's own prefetch stops at pages.
-constexpr int kAhead = 1024;
-template <int write = 0, class T>
-PYREG_FN void prefetch(const T* row) {
-  const char* p = reinterpret_cast<const char*>(row) + kAhead;
-  for (int i = 0; i < kLanes * static_cast<int>(sizeof(T)); i += 64)
-    __builtin_prefetch(p + i, write);
-}
-
-PYREG_FN int at_most(int64_t n, int64_t limit) { return static_cast<int>(n < limit ? n : limit); }
 
 // How many lanes n elements touch, in whole groups of 16. (Small tensors are many.)
 PYREG_FN int lanes_used(int64_t n) { return at_most((n + 15) / 16 * 16, kLanes); }
@@ -259,6 +234,23 @@ void stats(const void* w_, int64_t n, Stats* stats) {
   }
 }
 
+template <class T>
+int64_t zeros(const void* w_, int64_t n) {
+  using C = typename Element<T>::Compute;
+  const T* w = static_cast<const T*>(w_);
+  C buffer[kLanes];
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int m = at_most(n - i, kLanes);
+    const C* x = widen(w + i, m, buffer);
+    int32_t zero = 0;
+#pragma omp simd reduction(+ : zero)
+    for (int j = 0; j < m; ++j) zero += x[j] == C(0);
+    count += zero;
+  }
+  return count;
+}
+
 // Anchored penalties: the drivers widen, subtract, weigh and add back; the maths comes by pointer.
 // (Kernels of their own for each penalty and dtype would double the library.)
 
@@ -445,12 +437,15 @@ constexpr PenaltyKernels of() {
 
 }  // namespace
 
+extern const UpdateKernels updates[kUpdates][kDTypes];
 extern const Kernels kernels;
 #define PYREG_ROW(P) {of<P, float>(), of<P, double>(), of<P, BFloat16>(), of<P, Float16>()},
 const Kernels kernels = {
     {PYREG_PENALTIES(PYREG_ROW)},
     {anchored<float>(), anchored<double>(), anchored<BFloat16>(), anchored<Float16>()},
-    {stats<float>, stats<double>, stats<BFloat16>, stats<Float16>}};
+    {stats<float>, stats<double>, stats<BFloat16>, stats<Float16>},
+    updates,
+    {zeros<float>, zeros<double>, zeros<BFloat16>, zeros<Float16>}};
 #undef PYREG_ROW
 
 }  // namespace pyreg::cpu::PYREG_ISA

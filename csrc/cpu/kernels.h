@@ -3,6 +3,7 @@
 
 #include "../penalties.h"
 #include "../sweeps.h"
+#include "../updates.h"
 
 namespace pyreg::cpu {
 
@@ -42,10 +43,26 @@ struct AnchoredKernels {
                const double* strengths, const Metric& metric, double* sums);
 };
 
+// An optimizer's step on n elements at w, with its states, which may be null where the update has
+// no use for one. By the states' dtype: w's own, or float32.
+// An elastic net may join it in the same loop: nothing, its gradient, its prox.
+struct Joined {
+  double l1 = 0, l2 = 0;
+  double by = 0;           // the gradient's factor, or the prox's step where the metric is 1
+  double* sums = nullptr;  // sum |w|, sum w^2: before the gradient, after the prox
+  int64_t* zeros = nullptr;
+};
+struct UpdateKernels {
+  void (*step[2][3])(void* w, const void* g, void* const* states, int64_t n, const double* numbers,
+                     const Joined& joined);
+};
+
 struct Kernels {
   PenaltyKernels penalty[kPenalties][kDTypes];
   AnchoredKernels anchored[kDTypes];
   void (*stats[kDTypes])(const void* w, int64_t n, Stats* stats);
+  const UpdateKernels (*updates)[kDTypes];  // [kUpdates]
+  int64_t (*zeros[kDTypes])(const void* w, int64_t n);
 };
 
 }  // namespace pyreg::cpu

@@ -277,6 +277,78 @@ void prox_in_metric(const Table& table, void* const* w, const Metric* metrics,
   combine_by_rule(table, partials, sums);
 }
 
+namespace {
+
+// The strengths of L1, L2 and elastic net as of one penalty, and their sums back.
+Joined as_elastic_net(int penalty, const double* c) {
+  Joined joined;
+  if (penalty != index_of<L2>) joined.l1 = c[0];
+  if (penalty != index_of<L1>) joined.l2 = c[penalty == index_of<ElasticNet> ? 1 : 0];
+  return joined;
+}
+void add_sums(int penalty, const double* from, double* sums) {
+  sums[0] += from[penalty == index_of<L2> ? 1 : 0];
+  if (penalty == index_of<ElasticNet>) sums[1] += from[1];
+}
+
+}  // namespace
+
+int64_t step(const Table& table, void* const* w, const void* const* g, const Update* updates,
+             bool prox, const double* strengths, double scale, double* sums, int threads) {
+  const Kernels& kernels = *chosen().load()->kernels;
+  double* partials = scratch<double>(table.segments() * kMaxSums);
+  std::atomic<int64_t> zeros{0};
+  for_each_segment(table, threads, [&](int64_t segment, const Row& row, const Span& span) {
+    if (w[span.row] == nullptr) return;
+    const Update& update = updates[span.row];
+    const int dtype = static_cast<int>(row.dtype), penalty = penalty_of(table, row);
+    const auto& kernel = kernels.updates[update.update][dtype].step[update.float32];
+    const size_t state_bytes = update.float32 ? sizeof(float) : item_size(row.dtype);
+    const double* c = strengths + row.rule * kMaxStrengths;
+    double* into = partials + segment * kMaxSums;
+    alignas(64) char with_gradient[kChunk * sizeof(double)];
+    int64_t zero = 0;
+    for (int64_t at = span.begin; at < span.end; at += kChunk) {
+      const int64_t n = std::min<int64_t>(kChunk, span.end - at);
+      void* weights = offset(w[span.row], row, at);
+      const void* gradient = offset(g[span.row], row, at);
+      void* states[kMaxStates];
+      for (int k = 0; k < kMaxStates; ++k)
+        states[k] = static_cast<char*>(update.states[k]) + at * state_bytes;
+      Metric metric = update.metric;
+      if (metric.moment != nullptr)
+        metric.moment = static_cast<const char*>(metric.moment) + at * state_bytes;
+      if (!update.penalised) {
+        kernel[0](weights, gradient, states, n, update.numbers, {});
+        continue;
+      }
+      if (penalty < kElementary) {
+        Joined joined = as_elastic_net(penalty, c);
+        double own[2] = {};
+        joined.by = prox ? metric.numerator : scale;
+        joined.sums = own;
+        joined.zeros = &zero;
+        kernel[prox ? 2 : 1](weights, gradient, states, n, update.numbers, joined);
+        add_sums(penalty, own, into);
+        continue;
+      }
+      // Other penalties' kernels come before or after: they find the chunk in the cache.
+      const PenaltyKernels& own = kernels_for(kernels, table, row);
+      if (!prox) {
+        std::memcpy(with_gradient, gradient, n * item_size(row.dtype));
+        gradient = with_gradient;
+        own.accumulate(weights, with_gradient, n, c, scale, into);
+      }
+      kernel[0](weights, gradient, states, n, update.numbers, {});
+      if (prox) own.prox_in_metric[metric.float32](weights, metric.moment, n, c, metric, into);
+      zero += kernels.zeros[dtype](weights, n);
+    }
+    if (update.penalised) zeros += zero;
+  });
+  combine_by_rule(table, partials, sums);
+  return zeros;
+}
+
 void stats(const Table& table, const void* const* w, Stats* stats, int threads) {
   const Kernels& kernels = *chosen().load()->kernels;
   Stats* partials = scratch<Stats>(table.segments());

@@ -145,6 +145,58 @@ class NativeBackend:
         torch.autograd.graph.increment_version(tensors)
         return value, of_rules
 
+    def count(self, counters: list[Tensor]) -> list[float]:
+        """Each of an optimizer's 0-dim step counters, after adding 1 to it."""
+        return load().count(counters)
+
+    def step(
+        self,
+        pack: Pack,
+        tensors: list[Tensor],
+        states: list[list[Tensor | None]],
+        updates: list[str],
+        sets: list[int],
+        numbers: list[tuple[Sequence[float], Metric]],
+        penalised: bytes,
+        prox: bool,
+        rules: Sequence[Penalty],
+        scale: float,
+    ) -> tuple[float, list[float], int] | None:
+        """An optimizer's step on every row, and the penalty's gradient or prox in it.
+
+        Args:
+            states: for each kind of state, [rows]; they are changed.
+            updates: [rows] an update of csrc/updates.h, by name.
+            sets: [rows] which of the `numbers` are a row's own.
+            penalised: [rows] 1 or 0.
+            scale: what the penalty's gradient is multiplied by.
+
+        Returns:
+            The value, each rule's, and how many penalised weights are 0 now; None where it cannot
+            be one sweep, and nothing was done.
+        """
+        native, flat = load(), []
+        for own, metric in numbers:
+            flat += [*own, *[0.0] * (native.numbers - len(own))]
+            flat += [metric.numerator, metric.factor, metric.offset]
+        index = {name: native.updates.index(name) for name in set(updates)}
+        done = self._sweep(
+            "step",
+            pack,
+            tensors,
+            states,
+            [index[name] for name in updates],
+            sets,
+            flat,
+            penalised,
+            prox,
+            self._strengths(rules),
+            scale,
+        )
+        if done is not None:
+            torch.autograd.graph.increment_version(tensors)
+        return done
+
     def stats(self, pack: Pack, tensors: list[Tensor]) -> Tensor:
         rows = self._sweep("stats", pack, tensors)
         return torch.tensor(rows, dtype=torch.float64, device=pack.device).view(-1, 5)

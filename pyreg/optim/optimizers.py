@@ -1,0 +1,118 @@
+"""The optimizers: each one's rows, update and numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..metric import Metric
+from .fused import Fused, Numbers, Rows
+
+
+def _doc(of: str) -> str:
+    return f"{of} with a penalty in its step.\n{(Fused.__doc__ or '').partition(chr(10))[2]}"
+
+
+class _Adam(Fused):
+    def _rows(self, group: dict[str, Any]) -> Rows:
+        params, _, means, squares, largest, counters = lists = [[] for _ in range(6)]
+        self._init_group(group, *lists)
+        return Rows(
+            params, [means, squares, *([largest] if group["amsgrad"] else [])], counters, ()
+        )
+
+    def _update(self, group: dict[str, Any]) -> str:
+        return "adam amsgrad" if group["amsgrad"] else "adam"
+
+    def _numbers(self, group: dict[str, Any], step: float, new: bool) -> Numbers:
+        lr, decay, eps = float(group["lr"]), group["weight_decay"], group["eps"]
+        beta1, beta2 = map(float, group["betas"])
+        decoupled = isinstance(self, AdamW) or group.get("decoupled_weight_decay", False)
+        correction = (1 - beta2**step) ** -0.5
+        return Numbers(
+            1 - lr * decay if decoupled else 1.0,
+            0.0 if decoupled else decay,
+            (1 - beta1, beta2, 1 - beta2, lr / (1 - beta1**step), correction, eps),
+            Metric(None, lr, correction, eps),
+        )
+
+
+class Adam(_Adam, torch.optim.Adam):
+    __doc__ = _doc("torch.optim.Adam")
+    _torch = torch.optim.Adam
+
+
+class AdamW(_Adam, torch.optim.AdamW):
+    __doc__ = _doc("torch.optim.AdamW")
+    _torch = torch.optim.AdamW
+
+
+class SGD(Fused, torch.optim.SGD):
+    __doc__ = _doc("torch.optim.SGD")
+    _torch = torch.optim.SGD
+
+    def _rows(self, group: dict[str, Any]) -> Rows:
+        params, _, buffers = lists = [[] for _ in range(3)]
+        self._init_group(group, *lists)
+        if not group["momentum"]:
+            return Rows(params, [], [], ())
+        new = [buffer is None for buffer in buffers]
+        return Rows(params, [list(map(self._buffer, params))], [], new)
+
+    def _buffer(self, p: Tensor) -> Tensor:
+        state = self.state[p]
+        if state.get("momentum_buffer") is None:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        return state["momentum_buffer"]
+
+    def _update(self, group: dict[str, Any]) -> str:
+        if not group["momentum"]:
+            return "sgd"
+        return "sgd nesterov" if group["nesterov"] else "sgd momentum"
+
+    def _numbers(self, group: dict[str, Any], step: float, new: bool) -> Numbers:
+        lr, momentum = float(group["lr"]), float(group["momentum"])
+        joined = 1.0 if new else 1 - group["dampening"]
+        gain = (1 - group["dampening"]) / (1 - momentum) if momentum else 1.0
+        return Numbers(1.0, group["weight_decay"], (lr, momentum, joined), Metric(None, lr * gain))
+
+
+class Adagrad(Fused, torch.optim.Adagrad):
+    __doc__ = _doc("torch.optim.Adagrad")
+    _torch = torch.optim.Adagrad
+
+    def _rows(self, group: dict[str, Any]) -> Rows:
+        params, _, sums, counters = lists = [[] for _ in range(4)]
+        self._init_group(group, *lists)
+        return Rows(params, [sums], counters, ())
+
+    def _update(self, group: dict[str, Any]) -> str:
+        return "adagrad"
+
+    def _numbers(self, group: dict[str, Any], step: float, new: bool) -> Numbers:
+        eta = float(group["lr"]) / (1 + (step - 1) * group["lr_decay"])
+        metric = Metric(None, eta, 1.0, group["eps"])
+        return Numbers(1.0, group["weight_decay"], (eta, group["eps"]), metric)
+
+
+class RMSprop(Fused, torch.optim.RMSprop):
+    __doc__ = _doc("torch.optim.RMSprop")
+    _torch = torch.optim.RMSprop
+
+    def _rows(self, group: dict[str, Any]) -> Rows:
+        params, _, squares, buffers, means, counters = lists = [[] for _ in range(6)]
+        self._init_group(group, *lists)
+        states = [squares, *([means] if group["centered"] else [])]
+        return Rows(params, states + ([buffers] if group["momentum"] > 0 else []), counters, ())
+
+    def _update(self, group: dict[str, Any]) -> str:
+        centered = " centered" if group["centered"] else ""
+        return f"rmsprop{centered}" + (" momentum" if group["momentum"] > 0 else "")
+
+    def _numbers(self, group: dict[str, Any], step: float, new: bool) -> Numbers:
+        lr, alpha, eps = float(group["lr"]), group["alpha"], group["eps"]
+        momentum = group["momentum"]
+        metric = Metric(None, lr / (1 - momentum), 1.0, eps)
+        return Numbers(1.0, group["weight_decay"], (lr, alpha, 1 - alpha, eps, momentum), metric)
