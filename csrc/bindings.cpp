@@ -25,7 +25,7 @@ class Layout {
   Layout(const py::list& tensors, const std::vector<int>& rule_of,
          const std::vector<std::string>& penalties, std::optional<Pairs> anchors)
       : look_(tensors, rule_of, /*CPU*/ 1, 0),
-        table_(look_.rows(), penalty_indices(penalties, kPenaltyNames)),
+        table_(look_.rows(), penalty_indices(penalties)),
         anchors_(std::move(anchors)) {
     if (anchors_ && anchors_->size() != rule_of.size())
       throw py::value_error("one anchor per tensor");

@@ -36,7 +36,7 @@ void check_walk(const std::vector<int64_t>& sizes, uint32_t most, bool in_table)
     for (uint32_t chunk = begin; chunk < end && failures < 20; ++chunk) {
       uint32_t next = p.first_chunk(found + 1);
       while (chunk >= next) next = p.first_chunk(++found + 1);
-      const cuda::Place place = cuda::place_of(p, p.entry(found), next, chunk);
+      const cuda::Place place = cuda::place_of(p, p.entry(found), found, next, chunk);
       while (at == sizes[row]) ++row, at = 0;
       CHECK(found == row && place.begin == at && place.n >= 1 && place.n <= kChunk,
             "chunk %u: row %u, %d from %lld; expected row %lld, %lld", chunk, found, place.n,

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..metric import Metric
 from ..pack import GradientMismatch, Pack, StaleLayout
 from ..penalties import Penalty
-from .torch import TorchBackend, add_gradient, apply_prox
+from .torch import add_gradient, apply_prox, apply_prox_in_metric
 
 
 @cache
@@ -128,13 +129,13 @@ class _State:
         self.layout = load().Layout(tensors, pack.rule_of, list(pack.penalties), device.index or 0)
         self.wide = any(dtype == torch.float64 for dtype, *_ in pack.geometry)
         self._device = device
-        self._tables = {kind: _Table(device) for kind in ("plain", "gradients", "stats")}
+        self._tables: dict[str, _Table] = {}  # by sweep
         self._scratch: dict[tuple[int, bool], Tensor] = {}
 
-    def target(self, kind: str, out: Tensor | None = None) -> Any:
+    def target(self, sweep: str, out: Tensor | None = None) -> Any:
         queue = _current(self._device)
-        scratch = self._scratch_of(queue, kind == "stats")
-        table = self._tables[kind]
+        scratch = self._scratch_of(queue, sweep == "stats")
+        table = self._tables.setdefault(sweep, _Table(self._device))
         return load().Target(
             0 if out is None else out.data_ptr(),
             scratch.data_ptr(),
@@ -190,7 +191,7 @@ class CudaBackend:
         self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty]
     ) -> tuple[Tensor, Tensor]:
         out = self._out(pack)
-        self._sweep("value", pack, tensors, "plain", out, _strengths(rules, pack))
+        self._sweep("value", pack, tensors, out, _strengths(rules, pack))
         return self._value(pack, out), out[1:-1].view(len(rules), -1)
 
     def gradient(
@@ -202,9 +203,7 @@ class CudaBackend:
         scale: float | Tensor,
     ) -> None:
         strengths = _strengths(rules, pack)
-        self._sweep(
-            "gradient", pack, tensors, "gradients", None, grads, strengths, _number(scale, pack)
-        )
+        self._sweep("gradient", pack, tensors, None, grads, strengths, _number(scale, pack))
 
     def accumulate(
         self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty], scale: float | Tensor
@@ -212,7 +211,7 @@ class CudaBackend:
         out = self._out(pack)
         strengths = _strengths(rules, pack)
         present, others = self._sweep(
-            "accumulate", pack, tensors, "gradients", out, strengths, _number(scale, pack)
+            "accumulate", pack, tensors, out, strengths, _number(scale, pack)
         )
         for i in others:
             add_gradient(pack.penalty(i, rules), tensors[i], scale)
@@ -222,16 +221,41 @@ class CudaBackend:
         self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty], step: float | Tensor
     ) -> None:
         strengths = _strengths(rules, pack)
-        others = self._sweep("prox", pack, tensors, "plain", None, strengths, _number(step, pack))
+        others = self._sweep("prox", pack, tensors, None, strengths, _number(step, pack))
         for i in others:
             apply_prox(pack.penalty(i, rules), tensors[i], step)
         torch.autograd.graph.increment_version(tensors)
 
-    prox_in_metric = TorchBackend.prox_in_metric
+    def prox_in_metric(
+        self,
+        pack: Pack,
+        tensors: list[Tensor],
+        metrics: Sequence[Metric],
+        rules: Sequence[Penalty],
+    ) -> Tensor:
+        out = self._out(pack)
+        others = self._sweep(
+            "prox_in_metric",
+            pack,
+            tensors,
+            out,
+            [m.moment for m in metrics],
+            [_number(x, pack) for m in metrics for x in (m.numerator, m.factor, m.offset)],
+            [m.root for m in metrics],
+            _strengths(rules, pack),
+        )
+        for i in others:
+            apply_prox_in_metric(pack.penalty(i, rules), tensors[i], metrics[i])
+        torch.autograd.graph.increment_version(tensors)
+        value = self._value(pack, out)
+        with torch.no_grad():
+            for i in others:
+                value += pack.penalty(i, rules).value(tensors[i])
+        return value
 
     def stats(self, pack: Pack, tensors: list[Tensor]) -> Tensor:
         out = torch.empty(len(tensors), 5, dtype=torch.float64, device=pack.device)
-        self._sweep("stats", pack, tensors, "stats", out)
+        self._sweep("stats", pack, tensors, out)
         return out
 
     def _out(self, pack: Pack) -> Tensor:
@@ -248,7 +272,6 @@ class CudaBackend:
         verb: str,
         pack: Pack,
         tensors: list[Tensor],
-        kind: str,
         out: Tensor | None,
         *args: Any,
     ) -> Any:
@@ -259,7 +282,7 @@ class CudaBackend:
                 pack.check_rows(tensors)
                 state = pack.layouts[self.name] = _State(pack, tensors)
             try:
-                return getattr(state.layout, verb)(tensors, *args, state.target(kind, out))
+                return getattr(state.layout, verb)(tensors, *args, state.target(verb, out))
             except native.StaleLayout as error:
                 raise StaleLayout(str(error)) from None
             except native.GradientMismatch:
