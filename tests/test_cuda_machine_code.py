@@ -13,10 +13,10 @@ ARCHITECTURES = ["75", "80", "90", "100"]
 SWEEPS = ["value", "gradient", "accumulate", "prox", "prox_in_metric", "stats"]
 FAMILIES = ["Elementary", "All"]
 
-# 16-byte loads and stores in the loops over whole aligned chunks. First where each penalty and dtype
-# has a loop of its own (chunk.h: kInFlight loads at a time; float64 in as many parts as fill a row
-# of lanes): by dtype, for each of the penalties. Then where they share it (rows.h: kSlots elements
-# at a time): by dtype; for prox_in_metric, each with a moment of its own dtype and in float32.
+# 16-byte loads and stores in the loops over whole aligned chunks. Where each penalty and dtype has a
+# loop of its own (chunk.h: kInFlight loads at a time; float64 in as many parts as fill a row of
+# lanes): by dtype, for each of the penalties. Where they share it (rows.h: kSlots elements at a
+# time): by dtype; for prox_in_metric, each with a moment of its own dtype and in float32.
 PENALTIES = 3
 MOVES = {  # float32, bfloat16, float16, float64
     ("value", "Elementary"): (PENALTIES * (8 + 8 + 8 + 4), 0),
@@ -33,7 +33,7 @@ MOVES = {  # float32, bfloat16, float16, float64
 }
 # Registers of a thread at which as many blocks run as kernels.cu counts on.
 OWN_LOOPS = {"75": 96, "80": 96, "90": 80, "100": 128}
-SHARED_LOOPS = 128
+SHARED_LOOPS = {"75": 128, "80": 128, "90": 128, "100": 168}
 
 
 @pytest.fixture(
@@ -96,4 +96,4 @@ def test_moves_are_16_bytes_and_nothing_spills(facts, sweep):
     assert (got["loads"], got["stores"]) == MOVES[sweep, got["family"]], got
     assert got["local"] == got["spills"] == got["generic"] == 0, got
     shared = got["family"] == "All" or sweep == "prox_in_metric"
-    assert got["registers"] <= (SHARED_LOOPS if shared else OWN_LOOPS[got["arch"]]), got
+    assert got["registers"] <= (SHARED_LOOPS if shared else OWN_LOOPS)[got["arch"]], got

@@ -1,4 +1,4 @@
-// What a block does: its chunks, a warp each (chunk.h), and their totals (totals.h).
+// What a block does: its chunks, a warp each (chunk.h, rows.h), and their totals (totals.h).
 //
 // Written as phases between barriers, over an Executor that says who runs them: on a GPU every
 // thread runs each phase once, in the C++ tests a loop over the threads does. So the same code is

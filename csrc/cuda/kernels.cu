@@ -25,13 +25,12 @@
 // - The last block to finish adds up the partials: no second kernel, no atomic additions of
 //   numbers. It also sets the counter back for the next launch: nothing needs to clear it.
 // - One kernel for all dtypes and penalties of a pack, chosen for each chunk. L1, L2 and elastic
-// net
-//   have kernels of their own, in which each has a loop for each dtype: 24 bodies share 80
+//   net have kernels of their own, in which each has a loop for each dtype: 24 bodies share 80
 //   registers. A pack with any other penalty goes through kernels that know all nine. There, and in
 //   prox_in_metric, all dtypes share a penalty's body (rows.h): a loop for each would take minutes
-//   to compile. It takes up to 128 registers, so 512 threads are resident, and a thread asks for 32
-//   to 128 bytes at a time: less is in flight, but most of those penalties have divisions to do
-//   meanwhile.
+//   to compile. It takes some 128 registers, so 384 to 512 threads are resident, and a thread asks
+//   for 32 to 128 bytes at a time: less is in flight, but most of those penalties have divisions to
+//   do meanwhile.
 // - prox_in_metric reads the value off the new weights before they leave the registers.
 
 #include <cuda_runtime.h>
@@ -44,7 +43,8 @@ namespace {
 
 // As many blocks as run at a time without a register being spilled, as
 // tests/test_cuda_machine_code.py shows. Where each penalty and dtype has a loop of its own, 80
-// registers a thread on sm_90, 96 before it, 128 after it, where the compiler takes more; else 128.
+// registers a thread on sm_90, 96 before it, 128 after it, where the compiler takes more; else up
+// to 168, of which it takes 128 before sm_100 (so four blocks run) and a few more from there on.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int kBlocksOfOwnLoops = 4;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -53,7 +53,7 @@ constexpr int kBlocksOfOwnLoops = 6;
 constexpr int kBlocksOfOwnLoops = 5;
 #endif
 template <Sweep S, Family F>
-constexpr int kBlocks = kHasOwnLoops<S, F> ? kBlocksOfOwnLoops : 4;
+constexpr int kBlocks = kHasOwnLoops<S, F> ? kBlocksOfOwnLoops : 3;
 
 // The executor of block.h: a thread runs each phase once.
 struct Device {

@@ -11,8 +11,8 @@
 
 namespace pyreg::cuda {
 
-// Elements that a thread has at a time, its slots: slot k lies in the k / kOwn-th row. As many as a
-// kernel has registers for, with 128 a thread: where the maths is short, more.
+// Elements that a thread has at a time, its slots: slot k lies in the k / kOwn-th row. As many as
+// some 128 registers hold: where the maths is short, more.
 template <Sweep S, Family F, class C>
 constexpr int kSlots = sizeof(C) == 8                                   ? kReadsBeside<S> ? 2 : 4
                        : S == Sweep::kProxInMetric && F == Family::kAll ? kOwn
@@ -39,23 +39,41 @@ struct Held {
                           ? *reinterpret_cast<const V*>(from + offset_of<W>(thread, first + k))
                           : V{};
   }
-  PYREG_DEVICE void store(T* to, int thread, int first, int left) const {
-#pragma unroll
-    for (int k = 0; k < N; k += kEach)
-      if (W > 1 || k < left)
-        *reinterpret_cast<V*>(to + offset_of<W>(thread, first + k)) = at[k / kEach];
-  }
   template <class C>
   PYREG_DEVICE void widen_to(C* x) const {
 #pragma unroll
     for (int k = 0; k < N; ++k) x[k] = static_cast<C>(widen(at[k / kEach].at[k % kEach]));
   }
-  template <class C>
-  PYREG_DEVICE void narrow_from(const C* y) {
-#pragma unroll
-    for (int k = 0; k < N; ++k) narrow(y[k], at[k / kEach].at[k % kEach]);
-  }
 };
+
+// *to = x in one piece: the compiler takes it apart where the elements come out of branches.
+template <class V>
+PYREG_DEVICE void put(V* to, const V& x) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof x == sizeof(uint4)) {
+    uint4 bits;
+    __builtin_memcpy(&bits, &x, sizeof x);
+    __stwb(reinterpret_cast<uint4*>(to), bits);
+    return;
+  }
+#endif
+  *to = x;
+}
+
+// Stores N slots, and leaves in x what was stored.
+template <int W, class T, class C, int N>
+PYREG_DEVICE void store(C (&x)[N], T* to, int thread, int first, int left) {
+#pragma unroll
+  for (int k = 0; k < N; k += W) {
+    Vector<T, W> y;
+#pragma unroll
+    for (int e = 0; e < W; ++e) narrow(x[k + e], y.at[e]);
+    if (W > 1 || k < left)
+      put(reinterpret_cast<Vector<T, W>*>(to + offset_of<W>(thread, first + k)), y);
+#pragma unroll
+    for (int e = 0; e < W; ++e) x[k + e] = widen(y.at[e]);
+  }
+}
 
 // A row's dtype, that of what lies beside it, and how many elements move at a time.
 template <class T_, class D_, int W_>
@@ -166,10 +184,7 @@ PYREG_DEVICE void visit_rows(const Entry& entry, const Place& place, bool float3
       by_kind<S, C>(dtype, false, wide, [&](auto kind) {
         using T = typename decltype(kind)::T;
         T* to = in_device_memory<T>(kWritesTensor<S> ? entry.w : entry.g) + row;
-        Held<T, decltype(kind)::W, N> held;
-        held.narrow_from(x);
-        held.store(to, thread, first, left);
-        if (S == Sweep::kProxInMetric) held.widen_to(x);
+        store<decltype(kind)::W>(x, to, thread, first, left);
       });
     }
     if (S == Sweep::kProxInMetric) {
