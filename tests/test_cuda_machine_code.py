@@ -13,8 +13,8 @@ ARCHITECTURES = ["75", "80", "90", "100"]
 SWEEPS = ["value", "gradient", "accumulate", "prox", "prox_in_metric", "stats"]
 FAMILIES = ["Elementary", "All"]
 
-# 16-byte loads and stores in the loops over whole aligned chunks. Where each penalty and dtype has a
-# loop of its own (chunk.h: kInFlight loads at a time; float64 in as many parts as fill a row of
+# 16-byte loads and stores in the loops over whole aligned chunks. Where a penalty and a dtype have
+# a loop of their own (chunk.h: kInFlight loads at a time; float64 in as many parts as fill a row of
 # lanes): by dtype, for each of the penalties. Where they share it (rows.h: kSlots elements at a
 # time): by dtype; for prox_in_metric, each with a moment of its own dtype and in float32.
 PENALTIES = 3
