@@ -288,9 +288,9 @@ def test_a_table_is_copied_when_something_changed(kernels, on_host, monkeypatch)
     assert copies == [True]
 
 
-def test_the_numbers_of_a_metric_are_read_where_they_lie(kernels, monkeypatch):
-    """By value; and of more tensors than fit, out of a table, copied when a number changed that is
-    no tensor."""
+def test_the_numbers_of_a_metric_may_be_tensors(kernels, on_host, monkeypatch):
+    """Read where they lie; of more rows than fit into a launch out of a table, which is copied when
+    a number changed that is no tensor."""
     copies = []
     on = cuda._Table.on
 
@@ -300,14 +300,13 @@ def test_the_numbers_of_a_metric_are_read_where_they_lie(kernels, monkeypatch):
 
     monkeypatch.setattr(cuda._Table, "on", counted)
     rules = [pyreg.L1(1.0)]
-    for count, expected in ((3, []), (600, [True, False, True])):
-        numerator = torch.tensor(0.25)
+    most = on_host.max_by_value_in_metric
+    for count, expected in ((most, []), (most + 1, [True, False, True])):
         tensors = [torch.full((2,), 4.0) for _ in range(count)]
         beside = [torch.zeros(2) for _ in range(count)]
         pack, copies[:] = pack_of(tensors, rules), []
         for number, offset, left in ((0.25, 1.0, 3.75), (0.5, 1.0, 3.25), (0.5, 2.0, 3.0)):
-            numerator.fill_(number)
-            metrics = [Metric(m, numerator, 1.0, offset) for m in beside]
+            metrics = [Metric(m, torch.tensor(number), 1.0, offset) for m in beside]
             value = kernels.prox_in_metric(pack, tensors, metrics, rules)
             assert value == 2 * count * left
             assert all((t == left).all() for t in tensors)

@@ -199,6 +199,7 @@ PYBIND11_MODULE(PYREG_MODULE, m) {
   m.attr("max_strengths") = pyreg::kMaxStrengths;
   m.attr("max_sums") = pyreg::kMaxSums;
   m.attr("max_by_value") = kEntries - 1;
+  m.attr("max_by_value_in_metric") = kEntriesInMetric - 1;
   m.attr("device_type") = PYREG_DEVICE_NAME;
   m.attr("penalties") = py::tuple(py::cast(pyreg::kPenaltyNames));
   m.attr("built_with") = built_with();

@@ -67,8 +67,8 @@ class Plan {
 
   Family family() const { return family_; }
   bool by_value() const {
-    return fits_ && entries_.size() * sizeof(PackedEntry) + metrics_.size() * sizeof(RowMetric) <=
-                        kEntries * sizeof(PackedEntry);
+    const size_t most = metrics_.empty() ? kEntries : kEntriesInMetric;
+    return fits_ && entries_.size() <= most;
   }
   uint32_t rows() const { return static_cast<uint32_t>(order_.size()); }
   uint32_t rules() const { return static_cast<uint32_t>(rules_.size()) - 1; }

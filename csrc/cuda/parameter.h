@@ -148,8 +148,10 @@ struct PackedEntry {
 };
 
 constexpr int kParameterBytes = 32764;
-constexpr int kRules = 32;      // by value
-constexpr int kEntries = 1329;  // by value, a last one included that only ends the one before
+constexpr int kRules = 32;        // by value
+constexpr int kEntries = 1329;    // by value, a last one included that only ends the one before
+constexpr int kEntriesInMetric =  // with a metric each
+    1 + (kEntries - 1) * sizeof(PackedEntry) / (sizeof(PackedEntry) + sizeof(RowMetric));
 
 struct Parameter {
   const Entry* table;      // [rows + 1] in device memory; null: `entries` below

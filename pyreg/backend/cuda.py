@@ -131,6 +131,7 @@ class _State:
         self._device = device
         self._tables: dict[str, _Table] = {}  # by sweep
         self._scratch: dict[tuple[int, bool], Tensor] = {}
+        self._numbers: Tensor | None = None
 
     def target(self, sweep: str, out: Tensor | None = None) -> Any:
         queue = _current(self._device)
@@ -142,6 +143,21 @@ class _State:
             queue.handle,
             lambda given: table.on(queue, given),
         )
+
+    def lasting(self, numbers: list[float | Tensor]) -> list[float | Tensor]:
+        """A metric's numbers, with tensors copied to where they were at the last call if a table
+        tells where that is: an optimizer makes them anew at every step."""
+        tensors = {i: x for i, x in enumerate(numbers) if isinstance(x, Tensor)}
+        if not tensors or len(numbers) <= 3 * load().max_by_value_in_metric:
+            return numbers
+        if self._numbers is None:
+            self._numbers = torch.empty(len(numbers), dtype=torch.float64, device=self._device)
+        kept = self._numbers.unbind()
+        with torch.no_grad():
+            torch._foreach_copy_(
+                [kept[i] for i in tensors], [x.reshape(()) for x in tensors.values()]
+            )
+        return [kept[i] if i in tensors else x for i, x in enumerate(numbers)]
 
     def _scratch_of(self, queue: _Queue, stats: bool) -> Tensor:
         """A zeroed counter and partials: one for each stream, one for captured graphs."""
@@ -234,13 +250,14 @@ class CudaBackend:
         rules: Sequence[Penalty],
     ) -> Tensor:
         out = self._out(pack)
+        numbers = [_number(x, pack) for m in metrics for x in (m.numerator, m.factor, m.offset)]
         others = self._sweep(
             "prox_in_metric",
             pack,
             tensors,
             out,
             [m.moment for m in metrics],
-            [_number(x, pack) for m in metrics for x in (m.numerator, m.factor, m.offset)],
+            self._state(pack, tensors).lasting(numbers),
             [m.root for m in metrics],
             _strengths(rules, pack),
         )
@@ -267,6 +284,13 @@ class CudaBackend:
         """As float32 if no tensor is float64: that saves a launch to convert it."""
         return out[0] if pack.layouts[self.name].wide else out[-1:].view(torch.float32)[0]
 
+    def _state(self, pack: Pack, tensors: list[Tensor]) -> _State:
+        state = pack.layouts.get(self.name)
+        if state is None:
+            pack.check_rows(tensors)
+            state = pack.layouts[self.name] = _State(pack, tensors)
+        return state
+
     def _sweep(
         self,
         verb: str,
@@ -277,10 +301,7 @@ class CudaBackend:
     ) -> Any:
         native = load()
         with _on(pack.device):
-            state = pack.layouts.get(self.name)
-            if state is None:
-                pack.check_rows(tensors)
-                state = pack.layouts[self.name] = _State(pack, tensors)
+            state = self._state(pack, tensors)
             try:
                 return getattr(state.layout, verb)(tensors, *args, state.target(verb, out))
             except native.StaleLayout as error:
