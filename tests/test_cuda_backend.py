@@ -112,8 +112,16 @@ def test_every_sweep_gives_the_bits_of_the_cpu(kernels, case, dtype):
         after, after_of_rules = backend.prox_in_metric(pack, tensors, metrics, rules)
         assert all(t._version > v for t, v in zip(tensors, versions, strict=True))
         results.append(
-            [value.float(), torch.as_tensor(again).float(), torch.as_tensor(of_rules)]
-            + [torch.as_tensor(after).float(), torch.as_tensor(after_of_rules), stats]
+            [
+                value.float(),
+                torch.as_tensor(again).float(),
+                torch.as_tensor(of_rules, dtype=torch.float64),
+            ]
+            + [
+                torch.as_tensor(after).float(),
+                torch.as_tensor(after_of_rules, dtype=torch.float64),
+                stats,
+            ]
             + [torch.as_tensor(sums, dtype=torch.float64), torch.tensor(present)]
             + [t.detach() for t in tensors]
             + [t.grad for t in tensors if t.grad is not None]
