@@ -230,9 +230,10 @@ def test_rows_that_a_prox_in_a_metric_leaves_to_the_formulas(kernels):
     rows = (*expected[:3], expected[3][:40], expected[3][30:])
     for t, m in zip(rows, metrics, strict=True):
         apply_prox_in_metric(rule, t, m)
-    value = kernels.prox_in_metric(pack_of(w, [rule]), w, metrics, [rule])
+    value, (of_rule,) = kernels.prox_in_metric(pack_of(w, [rule]), w, metrics, [rule])
     torch.testing.assert_close(flat([*w[:3], memory]), flat(expected), rtol=2**-20, atol=2**-22)
     torch.testing.assert_close(value, rule.value(flat(w)), rtol=1e-5, atol=0)
+    torch.testing.assert_close(of_rule.float(), value, rtol=1e-6, atol=0)
 
 
 def test_a_storage_that_shrinks_is_noticed(kernels):
@@ -316,7 +317,7 @@ def test_the_numbers_of_a_metric_may_be_tensors(kernels, on_host, monkeypatch):
         pack, copies[:] = pack_of(tensors, rules), []
         for number, offset, left in ((0.25, 1.0, 3.75), (0.5, 1.0, 3.25), (0.5, 2.0, 3.0)):
             metrics = [Metric(m, torch.tensor(number), 1.0, offset) for m in beside]
-            value = kernels.prox_in_metric(pack, tensors, metrics, rules)
+            value, _ = kernels.prox_in_metric(pack, tensors, metrics, rules)
             assert value == 2 * count * left
             assert all((t == left).all() for t in tensors)
         assert copies == expected
