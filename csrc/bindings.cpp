@@ -29,7 +29,7 @@ class Layout {
   Layout(const py::list& tensors, const std::vector<int>& rule_of,
          const std::vector<std::string>& penalties, Pairs anchors)
       : look_(tensors, rule_of, /*CPU*/ 1, 0, std::move(anchors)),
-        table_(look_.rows(), penalty_indices(penalties, kPenaltyNames)) {}
+        table_(look_.rows(), penalty_indices(penalties)) {}
 
   py::tuple value(const py::list& tensors, const std::vector<double>& strengths, int threads) {
     check_strengths(strengths);

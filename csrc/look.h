@@ -32,21 +32,19 @@ struct GradientMismatch : std::runtime_error {
 
 #define PYREG_NAME(P) P::name,
 const inline std::vector<std::string> kPenaltyNames = {PYREG_PENALTIES(PYREG_NAME)};
-const inline std::vector<std::string> kElementaryNames = {PYREG_ELEMENTARY(PYREG_NAME)};
 #undef PYREG_NAME
 #define PYREG_NAME(U) U::name,
 const inline std::vector<std::string> kUpdateNames = {PYREG_UPDATES(PYREG_NAME)};
 #undef PYREG_NAME
 
-// Places in a list of names.
-inline std::vector<int> penalty_indices(const std::vector<std::string>& penalties,
-                                        const std::vector<std::string>& names) {
+// Places in PYREG_PENALTIES.
+inline std::vector<int> penalty_indices(const std::vector<std::string>& penalties) {
   std::vector<int> indices;
   for (const std::string& name : penalties) {
-    const auto found = std::find(names.begin(), names.end(), name);
-    if (found == names.end())
+    const auto found = std::find(kPenaltyNames.begin(), kPenaltyNames.end(), name);
+    if (found == kPenaltyNames.end())
       throw pybind11::value_error("no native kernel for penalty '" + name + "'");
-    indices.push_back(static_cast<int>(found - names.begin()));
+    indices.push_back(static_cast<int>(found - kPenaltyNames.begin()));
   }
   return indices;
 }

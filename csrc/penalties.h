@@ -24,7 +24,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 
 #if defined(__CUDACC__)
@@ -79,6 +78,12 @@ constexpr C kLargest = std::numeric_limits<C>::max() / 2;
 template <class C>
 constexpr C kSmallest = std::numeric_limits<C>::min();
 
+// What a metric divides by. Positive: a moment and an offset of 0 give the largest step. NaN stays.
+template <class C>
+PYREG_FN C denominator(C q) {
+  return at_least(q, kSmallest<C>);
+}
+
 // sign(0) = sign(-0) = +0; w - w keeps NaN.
 template <class C>
 PYREG_FN C sign(C w) {
@@ -92,13 +97,10 @@ PYREG_FN C soft_threshold(C x, C t) {
   return u > C(0) ? copy_sign(u, x) : x - x;
 }
 
-// log(1 + x) for x >= 0, within 2^-23 (2^-52) of it relative. On a host it is ours, as a library's
-// does not vectorize: 1 + x = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), and `lost` what the
-// sum 1 + x lost in rounding; then log(1 + f) by fdlibm's polynomial (Sun Microsystems, 1993).
-#if defined(__CUDA_ARCH__)
-PYREG_FN float log_1_plus(float x) { return ::log1pf(x); }
-PYREG_FN double log_1_plus(double x) { return ::log1p(x); }
-#else
+// log(1 + x) for x >= 0, within 2^-23 (2^-52) of it relative. It is ours, as a library's does not
+// vectorize, nor give the same bits on every device: 1 + x = 2^k (1 + f) with 1 + f in [sqrt(1/2),
+// sqrt(2)), and `lost` what the sum 1 + x lost in rounding; then log(1 + f) by fdlibm's polynomial
+// (Sun Microsystems, 1993).
 template <class C>
 struct Log;
 template <>
@@ -130,20 +132,19 @@ PYREG_FN C log_1_plus(C x) {
   using L = Log<C>;
   const C y = C(1) + x;
   typename L::Bits bits;
-  std::memcpy(&bits, &y, sizeof y);
+  __builtin_memcpy(&bits, &y, sizeof y);
   bits += L::kOne - L::kRoot;
   const C k = static_cast<C>(static_cast<int32_t>(bits >> L::kMantissa) -
                              static_cast<int32_t>(L::kOne >> L::kMantissa));
   bits = (bits & ((typename L::Bits(1) << L::kMantissa) - 1)) + L::kRoot;
   C reduced;
-  std::memcpy(&reduced, &bits, sizeof reduced);
+  __builtin_memcpy(&reduced, &bits, sizeof reduced);
   const C f = reduced - C(1);
   const C lost = x < C(1) ? x - (y - C(1)) : C(1) - (y - x);
   const C s = f / (C(2) + f), z = s * s, half = C(0.5) * f * f;
   const C log = s * (half + L::polynomial(z, z * z)) + (k * L::kLow + lost / y) - half + f;
   return x < static_cast<C>(INFINITY) ? log + k * L::kHigh : x;
 }
-#endif
 
 // lam * sum |w|
 struct L1 {
@@ -436,7 +437,7 @@ struct SCAD {
   }
 };
 
-// Those that the CUDA kernels have too: more of them in one kernel cost all of them registers.
+// Those that have CUDA kernels of their own: all of them in one kernel cost all of them registers.
 #define PYREG_ELEMENTARY(X) X(L1) X(L2) X(ElasticNet)
 #define PYREG_PENALTIES(X) PYREG_ELEMENTARY(X) X(L0) X(LHalf) X(Huber) X(LogSum) X(MCP) X(SCAD)
 

@@ -14,12 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import DTYPES, REGULAR, penalties
+from cases import DTYPES, REGULAR, fill, penalties
+from swept import flat, moments
 from torch import nn
 
 import pyreg
 from pyreg import dispatch, doctor
 from pyreg.backend import cuda, native
+from pyreg.backend.torch import apply_prox_in_metric
+from pyreg.metric import Metric
 from pyreg.pack import Packs, label
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
@@ -85,8 +88,8 @@ def assert_same_bits(a, b):
 @pytest.mark.parametrize("case", REGULAR, ids=repr)
 def test_every_sweep_gives_the_bits_of_the_cpu(kernels, case, dtype):
     """All penalties at once, one for each tensor by turns."""
-    rules = [penalty for penalty in penalties() if penalty.name in cuda.load().penalties]
-    assert {rule.name for rule in rules} == {"l1", "l2", "elastic_net"}
+    rules = penalties()
+    assert {rule.name for rule in rules} == set(cuda.load().penalties)
     on_cpu = native.NativeBackend()
     results = []
     for backend in (kernels, on_cpu):
@@ -104,8 +107,21 @@ def test_every_sweep_gives_the_bits_of_the_cpu(kernels, case, dtype):
         versions = [t._version for t in tensors]
         backend.prox(pack, tensors, rules, 0.1)
         assert all(t._version > v for t, v in zip(tensors, versions, strict=True))
+        metrics = [metric(i, m) for i, m in enumerate(moments([t.detach() for t in tensors]))]
+        versions = [t._version for t in tensors]
+        after, after_of_rules = backend.prox_in_metric(pack, tensors, metrics, rules)
+        assert all(t._version > v for t, v in zip(tensors, versions, strict=True))
         results.append(
-            [value.float(), torch.as_tensor(again).float(), torch.as_tensor(of_rules), stats]
+            [
+                value.float(),
+                torch.as_tensor(again).float(),
+                torch.as_tensor(of_rules, dtype=torch.float64),
+            ]
+            + [
+                torch.as_tensor(after).float(),
+                torch.as_tensor(after_of_rules, dtype=torch.float64),
+                stats,
+            ]
             + [torch.as_tensor(sums, dtype=torch.float64), torch.tensor(present)]
             + [t.detach() for t in tensors]
             + [t.grad for t in tensors if t.grad is not None]
@@ -113,6 +129,17 @@ def test_every_sweep_gives_the_bits_of_the_cpu(kernels, case, dtype):
         )
     for a, b in zip(*results, strict=True):
         assert_same_bits(a, b)
+
+
+def metric(i, moment):
+    """Of the i-th tensor: with a moment of its own dtype or in float32, a root or none, neither."""
+    kinds = (
+        Metric(moment, 0.05, 1.5, 1e-3),
+        Metric(moment.float(), 0.3, 0.7, 0.1),
+        Metric(moment, 0.3, 1.0, 0.0, root=False),
+        Metric(None, 0.3),
+    )
+    return kinds[i % len(kinds)]
 
 
 def net(dtype=torch.float32):
@@ -155,7 +182,7 @@ def test_a_strength_elsewhere_is_an_error_of_the_bindings(kernels):
     kernels.value(pack, tensors, [pyreg.L1(1.0)])
     state = pack.layouts["native"]
     with pytest.raises(ValueError, match="tensor of one element"):
-        state.layout.value(tensors, [torch.ones(2), 0.0], state.target("plain", torch.empty(3)))
+        state.layout.value(tensors, [torch.ones(2), 0.0], state.target("value", torch.empty(3)))
 
 
 def test_a_gradient_of_other_strides_is_added_by_torch(kernels):
@@ -167,8 +194,9 @@ def test_a_gradient_of_other_strides_is_added_by_torch(kernels):
     assert w.grad.is_contiguous()
 
 
-def test_a_penalty_without_a_kernel_is_refused(kernels):
+def test_a_penalty_without_a_kernel_is_refused(kernels, on_host, monkeypatch):
     """Triton's kernels serve it then, or torch."""
+    monkeypatch.setattr(on_host, "penalties", ("l1", "l2"))
     w = torch.ones(4)
     why = "no native kernel for penalty 'mcp'"
     assert kernels.refuses(pack_of([w], [pyreg.MCP(0.1, 3.0)])) == why
@@ -187,6 +215,25 @@ def test_rows_that_share_memory_are_taken_in_turn(kernels):
     reg.prox_(0.5)
     assert weights.tolist() == [2.5, 2.5, 2.0, 2.0, 2.5, 2.5]
     assert (c.tolist(), c.grad.tolist()) == ([0.5] * 4, [1.0] * 4)
+
+
+def test_rows_that_a_prox_in_a_metric_leaves_to_the_formulas(kernels):
+    """Moments of other strides and of another dtype, rows that share memory: as each row alone."""
+    memory, rule = fill((60,), torch.float32, "cpu", "shared"), pyreg.MCP(0.5, 3.0)
+    w = [fill((4, 6), torch.float32, "cpu", f"left{i}") for i in range(3)]
+    w += [memory[:40], memory[30:]]
+    beside = moments(w)
+    beside[0] = beside[0].t().contiguous().t()
+    beside[1] = beside[1].half()
+    metrics = [Metric(m, 0.3, 1.0, 0.5) for m in beside]
+    expected = [t.clone() for t in (*w[:3], memory)]
+    rows = (*expected[:3], expected[3][:40], expected[3][30:])
+    for t, m in zip(rows, metrics, strict=True):
+        apply_prox_in_metric(rule, t, m)
+    value, (of_rule,) = kernels.prox_in_metric(pack_of(w, [rule]), w, metrics, [rule])
+    torch.testing.assert_close(flat([*w[:3], memory]), flat(expected), rtol=2**-20, atol=2**-22)
+    torch.testing.assert_close(value, rule.value(flat(w)), rtol=1e-5, atol=0)
+    torch.testing.assert_close(of_rule.float(), value, rtol=1e-6, atol=0)
 
 
 def test_a_storage_that_shrinks_is_noticed(kernels):
@@ -251,6 +298,31 @@ def test_a_table_is_copied_when_something_changed(kernels, on_host, monkeypatch)
     assert copies == [True]
 
 
+def test_the_numbers_of_a_metric_may_be_tensors(kernels, on_host, monkeypatch):
+    """Read where they lie; of more rows than fit into a launch out of a table, which is copied when
+    a number changed that is no tensor."""
+    copies = []
+    on = cuda._Table.on
+
+    def counted(self, queue, given):
+        copies.append(isinstance(given, bytes))
+        return on(self, queue, given)
+
+    monkeypatch.setattr(cuda._Table, "on", counted)
+    rules = [pyreg.L1(1.0)]
+    most = on_host.max_by_value_in_metric
+    for count, expected in ((most, []), (most + 1, [True, False, True])):
+        tensors = [torch.full((2,), 4.0) for _ in range(count)]
+        beside = [torch.zeros(2) for _ in range(count)]
+        pack, copies[:] = pack_of(tensors, rules), []
+        for number, offset, left in ((0.25, 1.0, 3.75), (0.5, 1.0, 3.25), (0.5, 2.0, 3.0)):
+            metrics = [Metric(m, torch.tensor(number), 1.0, offset) for m in beside]
+            value, _ = kernels.prox_in_metric(pack, tensors, metrics, rules)
+            assert value == 2 * count * left
+            assert all((t == left).all() for t in tensors)
+        assert copies == expected
+
+
 def test_a_capture_needs_a_warm_up(kernels, monkeypatch):
     tensors = [torch.ones(2) for _ in range(1500)]
     small = tensors[:3]
@@ -270,7 +342,7 @@ def test_a_capture_needs_a_warm_up(kernels, monkeypatch):
         tensors[0] = torch.zeros(2)
         with pytest.raises(RuntimeError, match="a tensor or a strength that is a number has chang"):
             kernels.value(pack, tensors, rules)
-    table = pack.layouts["native"]._tables["plain"]
+    table = pack.layouts["native"]._tables["value"]
     assert len(table._captured) == 1  # kept for the graph
 
 

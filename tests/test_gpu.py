@@ -95,8 +95,6 @@ def test_a_sweep_is_one_launch(place, sweep):
     for t, g in zip(tensors, grads, strict=True):
         t.grad = g
     metrics = [Metric(m, 0.3, 1.0, 0.1) for m in moments(tensors)]
-    if sweep == "prox_in_metric" and place.backend != "triton":
-        pytest.skip("native CUDA does it tensor by tensor yet")
     run = {
         "value": lambda: backend.value(pack, tensors, rules),
         "gradient": lambda: backend.gradient(pack, tensors, grads, rules, 0.5),

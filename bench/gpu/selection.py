@@ -1,6 +1,7 @@
 """Every sweep over a few odd tensors, on each backend of the device: for a memory checker.
 
-    python -m bench.gpu.selection               # all dtypes and penalties in one pack
+    python -m bench.gpu.selection               # all dtypes in one pack, under L1, L2, elastic net;
+                                                # natively also under every penalty, and in a metric
     python -m bench.gpu.selection --share 2 16  # part 2 of 16 of all kinds: compiles their kernels
 
 The results are looked at only for being finite: whether they are right, the tests say.
@@ -15,10 +16,14 @@ import torch
 from torch import Tensor, nn
 
 import pyreg
+from bench.penalties import EXAMPLES
+from pyreg.penalties import Penalty
 from pyreg.profiling.ways import serving
+from pyreg.reference import FORMULAS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PENALTIES = (pyreg.L1(0.3), pyreg.L2(0.07), pyreg.ElasticNet(0.3, 0.07))
+DIFFERENTIABLE = tuple(p for p in EXAMPLES if FORMULAS[p.name].grad is not None)
 SIZES = (0, 1, 1025, 5000)
 
 
@@ -28,8 +33,8 @@ def odd(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     return [*aligned, *(torch.randn(n + 1, device=device).to(dtype)[1:] for n in SIZES[1::2])]
 
 
-def sweep(named: list[tuple[str, nn.Parameter]], rules: dict[str, pyreg.penalties.Penalty]) -> None:
-    """All five sweeps."""
+def sweep(named: list[tuple[str, nn.Parameter]], rules: dict[str, Penalty]) -> None:
+    """All sweeps but the prox in a metric."""
     reg = pyreg.Regularizer(named, rules)
     reg().backward()
     values = [reg.accumulate_(0.5), reg.stats().l1.sum()]
@@ -38,14 +43,26 @@ def sweep(named: list[tuple[str, nn.Parameter]], rules: dict[str, pyreg.penaltie
     assert all(t.isfinite().all() for _, p in named for t in (p, p.grad))
 
 
-def kinds(device: torch.device) -> list[tuple[list, dict]]:
+def sweep_in_metric(named: list[tuple[str, nn.Parameter]], rules: dict[str, Penalty]) -> None:
+    """The prox in Adam's metric, after a step of it."""
+    optimizer = torch.optim.Adam([p for _, p in named], lr=1e-3)
+    pyreg.Regularizer(named, rules).attach(optimizer, mode="prox")
+    for _, p in named:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert all(p.isfinite().all() for _, p in named)
+
+
+def kinds(
+    device: torch.device, penalties: tuple[Penalty, ...] = PENALTIES
+) -> list[tuple[list, dict]]:
     """(parameters, rules): every dtype with every penalty, alone; then all of them together."""
-    pairs = list(itertools.product(enumerate(PENALTIES), DTYPES))
+    pairs = list(itertools.product(enumerate(penalties), DTYPES))
     single = [
         ([(f"{r}.{i}", nn.Parameter(t)) for i, t in enumerate(odd(dtype, device))], {"*": penalty})
         for (r, penalty), dtype in pairs
     ]
-    rules = {f"{r}.*": penalty for r, penalty in enumerate(PENALTIES)}
+    rules = {f"{r}.*": penalty for r, penalty in enumerate(penalties)}
     together = [
         (f"{r}.{k}.{i}", nn.Parameter(t))
         for k, ((r, _), dtype) in enumerate(pairs)
@@ -65,6 +82,11 @@ def main() -> None:
         with pyreg.use_backend(backend):
             for named, rules in chosen:
                 sweep(named, rules)
+            if backend == "native" and options.share is None:
+                for penalties in (PENALTIES, DIFFERENTIABLE):  # (two families of kernels)
+                    named, rules = kinds(device, penalties)[-1]
+                    sweep(named, rules)
+                    sweep_in_metric(named, rules)
         print(f"{backend} on {device}: {len(chosen)} packs swept")
 
 

@@ -143,12 +143,6 @@ void prox(void* w_, int64_t n, const double* strengths, double step_) {
   }
 }
 
-// Positive: a moment and an offset of 0 give the largest step. NaN stays.
-template <class C>
-PYREG_FN C denominator(C q) {
-  return at_least(q, kSmallest<C>);
-}
-
 // D: the moment's dtype.
 template <class P, class T, class D>
 void prox_in_metric(void* w_, const void* moment_, int64_t n, const double* strengths,

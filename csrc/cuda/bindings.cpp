@@ -39,7 +39,7 @@ class Layout {
   Layout(const py::list& tensors, const std::vector<int>& rule_of,
          const std::vector<std::string>& penalties, int device)
       : device_(device), look_(tensors, rule_of, PYREG_DEVICE_TYPE, device) {
-    const std::vector<int> indices = penalty_indices(penalties, kElementaryNames);
+    const std::vector<int> indices = penalty_indices(penalties);
     plans_.emplace_back(look_.rows(), indices, true);
     plans_.emplace_back(look_.rows(), indices, false);
   }
@@ -54,7 +54,8 @@ class Layout {
 
   void value(const py::list& tensors, const py::list& strengths, const Target& target) {
     TensorReader reader;
-    run(Sweep::kValue, look_.tensors(tensors, reader), nullptr, strengths, {}, target, reader);
+    show(Sweep::kValue, look_.tensors(tensors, reader), nullptr);
+    run(Sweep::kValue, strengths, {}, target, reader);
   }
 
   void gradient(const py::list& tensors, const py::list& grads, const py::list& strengths,
@@ -63,7 +64,8 @@ class Layout {
     const Shown shown = look_.with_gradients(tensors, grads, reader);
     if (!shown.others.empty())
       throw py::value_error("a gradient has other strides than its tensor");
-    run(Sweep::kGradient, shown.w, &shown.g, strengths, scale, target, reader);
+    show(Sweep::kGradient, shown.w, &shown.g);
+    run(Sweep::kGradient, strengths, scale, target, reader);
   }
 
   // Adds to each tensor's .grad. Returns how many there are, and the rows left to the caller, which
@@ -72,7 +74,8 @@ class Layout {
                        const Target& target) {
     TensorReader reader;
     const Shown shown = look_.with_own_gradients(tensors, reader);
-    run(Sweep::kAccumulate, shown.w, &shown.g, strengths, scale, target, reader);
+    show(Sweep::kAccumulate, shown.w, &shown.g);
+    run(Sweep::kAccumulate, strengths, scale, target, reader);
     return py::make_tuple(shown.present, shown.others);
   }
 
@@ -81,14 +84,41 @@ class Layout {
                             const py::object& step, const Target& target) {
     TensorReader reader;
     std::vector<int64_t> others;
-    const Pointers w = look_.separate_tensors(tensors, reader, others);
-    run(Sweep::kProx, w, nullptr, strengths, step, target, reader);
+    show(Sweep::kProx, look_.separate_tensors(tensors, reader, others), nullptr);
+    run(Sweep::kProx, strengths, step, target, reader);
     return others;
+  }
+
+  // The same with a step for each element. moments are as Look::with_moments takes them; numbers is
+  // [rows * 3] (numerator, factor, offset). Returns the rows left to the caller, which are not in
+  // the value.
+  std::vector<int64_t> prox_in_metric(const py::list& tensors, const py::list& moments,
+                                      const py::list& numbers, const std::vector<bool>& root,
+                                      const py::list& strengths, const Target& target) {
+    const size_t rows = look_.rows().size();
+    if (py::len(numbers) != 3 * rows || root.size() != rows)
+      throw py::value_error("one metric per tensor");
+    TensorReader reader;
+    const Beside beside = look_.with_moments(tensors, moments, reader);
+    std::vector<RowMetric> metrics(rows);
+    for (size_t i = 0; i < rows; ++i) {
+      for (int k = 0; k < 3; ++k) {
+        const Number x = number(PyList_GET_ITEM(numbers.ptr(), 3 * i + k), reader);
+        metrics[i].numbers[k] = x.scalar;
+        metrics[i].kinds[k] = x.kind;
+      }
+      metrics[i].root = root[i];
+      metrics[i].float32 = beside.float32[i] != 0;
+    }
+    show(Sweep::kProxInMetric, beside.w, &beside.moments, metrics.data());
+    run(Sweep::kProxInMetric, strengths, {}, target, reader);
+    return beside.others;
   }
 
   void stats(const py::list& tensors, const Target& target) {
     TensorReader reader;
-    run(Sweep::kStats, look_.tensors(tensors, reader), nullptr, py::list(), {}, target, reader);
+    show(Sweep::kStats, look_.tensors(tensors, reader), nullptr);
+    run(Sweep::kStats, py::list(), {}, target, reader);
   }
 
  private:
@@ -107,12 +137,16 @@ class Layout {
                       view.dtype == DType::kFloat32 ? ScalarKind::kFloat32 : ScalarKind::kFloat64);
   }
 
-  void run(Sweep sweep, const Pointers& w, const Pointers* g, const py::list& strengths,
-           const py::object& scale, const Target& target, TensorReader& reader) {
-    const bool stats = sweep == Sweep::kStats;
-    Plan& plan = plans_[stats];
-    plan.show(w.data(), g == nullptr ? nullptr : g->data());
-    if (!stats) {
+  Plan& plan_of(Sweep sweep) { return plans_[sweep == Sweep::kStats]; }
+
+  void show(Sweep sweep, const Pointers& w, const Pointers* g, const RowMetric* metrics = nullptr) {
+    plan_of(sweep).show(w.data(), g == nullptr ? nullptr : g->data(), metrics);
+  }
+
+  void run(Sweep sweep, const py::list& strengths, const py::object& scale, const Target& target,
+           TensorReader& reader) {
+    Plan& plan = plan_of(sweep);
+    if (sweep != Sweep::kStats) {
       if (py::len(strengths) != size_t{plan.rules()} * kMaxStrengths)
         throw py::value_error("expected max_strengths strengths per rule");
       std::vector<Number> numbers;
@@ -120,15 +154,17 @@ class Layout {
       plan.strengthen(numbers.data());
     }
     const char* table = nullptr;
-    if (!plan.by_value()) table = table_of(plan, tables_[stats ? 2 : g != nullptr], target);
+    if (!plan.by_value()) table = table_of(plan, tables_[static_cast<int>(sweep)], target);
     static thread_local Parameter parameter;
-    const uint32_t blocks = plan.fill(parameter, table, number(scale, reader),
-                                      static_cast<uint32_t>(blocks_at_a_time(sweep, device_)));
+    const int most = blocks_at_a_time(sweep, plan.family(), device_);
+    const uint32_t blocks =
+        plan.fill(parameter, table, number(scale, reader), static_cast<uint32_t>(most));
     parameter.out = reinterpret_cast<double*>(target.out);
     parameter.done = reinterpret_cast<uint32_t*>(target.scratch);
     parameter.partials = reinterpret_cast<double*>(target.scratch + kCounterBytes);
     py::gil_scoped_release release;
-    launch(sweep, parameter, blocks, device_, reinterpret_cast<void*>(target.stream));
+    launch(sweep, plan.family(), parameter, blocks, device_,
+           reinterpret_cast<void*>(target.stream));
   }
 
   // The last table that a kind of sweep used: what it holds, and where.
@@ -151,7 +187,7 @@ class Layout {
   int device_;
   Look look_;
   std::vector<Plan> plans_;  // by rule; by row, for `stats`
-  KnownTable tables_[3];     // without gradients, with them, `stats`
+  KnownTable tables_[kSweeps];
 };
 
 }  // namespace
@@ -163,8 +199,9 @@ PYBIND11_MODULE(PYREG_MODULE, m) {
   m.attr("max_strengths") = pyreg::kMaxStrengths;
   m.attr("max_sums") = pyreg::kMaxSums;
   m.attr("max_by_value") = kEntries - 1;
+  m.attr("max_by_value_in_metric") = kEntriesInMetric - 1;
   m.attr("device_type") = PYREG_DEVICE_NAME;
-  m.attr("penalties") = py::tuple(py::cast(pyreg::kElementaryNames));
+  m.attr("penalties") = py::tuple(py::cast(pyreg::kPenaltyNames));
   m.attr("built_with") = built_with();
   m.attr("architectures") = architectures();
   py::register_local_exception<pyreg::StaleLayout>(m, "StaleLayout", PyExc_RuntimeError);
@@ -187,5 +224,7 @@ PYBIND11_MODULE(PYREG_MODULE, m) {
            py::arg("scale"), py::arg("target"))
       .def("prox", &Layout::prox, py::arg("tensors"), py::arg("strengths"), py::arg("step"),
            py::arg("target"))
+      .def("prox_in_metric", &Layout::prox_in_metric, py::arg("tensors"), py::arg("moments"),
+           py::arg("numbers"), py::arg("root"), py::arg("strengths"), py::arg("target"))
       .def("stats", &Layout::stats, py::arg("tensors"), py::arg("target"));
 }

@@ -1,4 +1,4 @@
-// What a block does: its chunks, a warp each (chunk.h), and their totals (totals.h).
+// What a block does: its chunks, a warp each (chunk.h, rows.h), and their totals (totals.h).
 //
 // Written as phases between barriers, over an Executor that says who runs them: on a GPU every
 // thread runs each phase once, in the C++ tests a loop over the threads does. So the same code is
@@ -13,7 +13,7 @@
 //                          before can be read, and `done` is 0 again
 #pragma once
 
-#include "chunk.h"
+#include "rows.h"
 #include "totals.h"
 #include "walk.h"
 
@@ -21,7 +21,45 @@ namespace pyreg::cuda {
 
 PYREG_DEVICE bool at_16_bytes(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// One thread's part of a chunk, and its lanes into `lanes`.
+// A thread's lanes of a chunk, W of them next to each other.
+template <Sweep S, int W, class C>
+PYREG_DEVICE void keep_totals(const Totals<C>& totals, int thread, typename Shared<S>::Warp* keep) {
+  C* first = reinterpret_cast<C*>(keep->lanes[0]);
+  C* second = reinterpret_cast<C*>(keep->lanes[1]);
+#pragma unroll
+  for (int v = 0; v < kOwn; ++v) {
+    first[lane_of<W>(thread, v)] = totals.first[v];
+    second[lane_of<W>(thread, v)] = totals.second[v];
+  }
+  if constexpr (S == Sweep::kStats) {
+    keep->top[thread] = totals.top;
+    keep->zeros[thread] = totals.zeros;
+    keep->non_finite[thread] = totals.non_finite;
+  }
+}
+
+// What a chunk's maths needs to know.
+template <Sweep S, class C>
+PYREG_DEVICE Numbers<C> numbers_of(const Parameter& p, const Entry& entry, const Place& place) {
+  Numbers<C> numbers{};
+  if (S == Sweep::kStats) return numbers;
+  const Rule rule = p.rule(entry.rule);
+#pragma unroll
+  for (int k = 0; k < kMaxStrengths; ++k)
+    numbers.strengths[k] = static_cast<C>(read(rule.strengths[k], rule.kinds[k]));
+  if constexpr (S == Sweep::kProxInMetric) {
+    const RowMetric metric = p.metric(place.row);
+    numbers.scale = static_cast<C>(read(metric.numbers[0], metric.kinds[0]));
+    numbers.factor = static_cast<C>(read(metric.numbers[1], metric.kinds[1]));
+    numbers.offset = static_cast<C>(read(metric.numbers[2], metric.kinds[2]));
+    numbers.root = metric.root;
+  } else if (S != Sweep::kValue) {
+    numbers.scale = static_cast<C>(read(p.scale, p.scale_kind));
+  }
+  return numbers;
+}
+
+// One thread's part of a chunk, and its lanes into `keep`.
 template <Sweep S, class P, class T, int W, class C>
 PYREG_DEVICE void visit_and_keep(const Entry& entry, const Place& place, const Numbers<C>& numbers,
                                  int thread, typename Shared<S>::Warp* keep) {
@@ -30,34 +68,14 @@ PYREG_DEVICE void visit_and_keep(const Entry& entry, const Place& place, const N
   T* g = in_device_memory<T>(kWritesGradient<S> && entry.g ? entry.g : entry.w) + place.begin;
   Totals<C> totals;
   visit<S, P, T, W>(w, g, entry.g != nullptr, place.n, thread, numbers, totals);
-  if constexpr (kHasTotals<S>) {
-    C* first = reinterpret_cast<C*>(keep->lanes[0]);
-    C* second = reinterpret_cast<C*>(keep->lanes[1]);
-#pragma unroll
-    for (int v = 0; v < kOwn; ++v) {
-      first[lane_of<W>(thread, v)] = totals.first[v];
-      second[lane_of<W>(thread, v)] = totals.second[v];
-    }
-    if constexpr (S == Sweep::kStats) {
-      keep->top[thread] = totals.top;
-      keep->zeros[thread] = totals.zeros;
-      keep->non_finite[thread] = totals.non_finite;
-    }
-  }
+  if constexpr (kHasTotals<S>) keep_totals<S, W>(totals, thread, keep);
 }
 
 template <Sweep S, class P, class T>
-PYREG_DEVICE void visit_as(const Parameter& p, const Entry& entry, const Place& place, int thread,
-                           typename Shared<S>::Warp* keep) {
+PYREG_DEVICE void visit_own(const Parameter& p, const Entry& entry, const Place& place, int thread,
+                            typename Shared<S>::Warp* keep) {
   using C = typename Element<T>::Compute;
-  Numbers<C> numbers{};
-  if (S != Sweep::kValue && S != Sweep::kStats) {
-    const Rule rule = p.rule(entry.rule);
-#pragma unroll
-    for (int k = 0; k < kMaxStrengths; ++k)
-      numbers.strengths[k] = static_cast<C>(read(rule.strengths[k], rule.kinds[k]));
-    numbers.scale = static_cast<C>(read(p.scale, p.scale_kind));
-  }
+  const Numbers<C> numbers = numbers_of<S, C>(p, entry, place);
   const bool wide =
       place.n == kChunk && at_16_bytes(entry.w) && (!kWritesGradient<S> || at_16_bytes(entry.g));
   if (wide)
@@ -71,33 +89,66 @@ PYREG_DEVICE void visit_dtype(const Parameter& p, const Entry& entry, const Plac
                               int thread, typename Shared<S>::Warp* keep) {
   switch (static_cast<DType>(entry.dtype)) {
     case DType::kFloat32:
-      return visit_as<S, P, float>(p, entry, place, thread, keep);
+      return visit_own<S, P, float>(p, entry, place, thread, keep);
     case DType::kFloat64:
-      return visit_as<S, P, double>(p, entry, place, thread, keep);
+      return visit_own<S, P, double>(p, entry, place, thread, keep);
     case DType::kBFloat16:
-      return visit_as<S, P, BFloat16>(p, entry, place, thread, keep);
+      return visit_own<S, P, BFloat16>(p, entry, place, thread, keep);
     case DType::kFloat16:
-      return visit_as<S, P, Float16>(p, entry, place, thread, keep);
+      return visit_own<S, P, Float16>(p, entry, place, thread, keep);
   }
 }
 
-template <Sweep S>
+// The same by the loop that all penalties and dtypes of a compute type share.
+template <Sweep S, Family F, class C>
+PYREG_DEVICE void visit_shared(const Parameter& p, const Entry& entry, const Place& place,
+                               int thread, typename Shared<S>::Warp* keep) {
+  const Numbers<C> numbers = numbers_of<S, C>(p, entry, place);
+  const bool float32 = S == Sweep::kProxInMetric && p.metric(place.row).float32;
+  // (An absent gradient or moment is at 16 bytes too.)
+  const bool wide = place.n == kChunk && at_16_bytes(entry.w) && at_16_bytes(entry.g);
+  const int penalty = p.rule(entry.rule).penalty;
+  const auto visit = [&](C* first, C* second) {
+    visit_rows<S, F, C>(entry, place, float32, wide, penalty, thread, numbers, first, second);
+  };
+  if constexpr (!kHasTotals<S>) {
+    visit(nullptr, nullptr);
+  } else if constexpr (kSumsInRegisters<C>) {
+    Totals<C> totals;
+    visit(totals.first, totals.second);
+    by_kind<S, C>(static_cast<DType>(entry.dtype), false, wide,
+                  [&](auto kind) { keep_totals<S, decltype(kind)::W>(totals, thread, keep); });
+  } else {
+#pragma unroll
+    for (int v = 0; v < kOwn; ++v)
+      for (double* lanes : keep->lanes) lanes[place_of_sum<C>(thread, v, wide)] = 0;
+    visit(keep->lanes[0], keep->lanes[1]);
+  }
+}
+
+// (The loops of prox_in_metric would be twice as many: a moment may be float32.)
+template <Sweep S, Family F>
+constexpr bool kHasOwnLoops =
+    S == Sweep::kStats || (F == Family::kElementary && S != Sweep::kProxInMetric);
+
+template <Sweep S, Family F>
 PYREG_DEVICE void visit_any(const Parameter& p, const Entry& entry, const Place& place, int thread,
                             typename Shared<S>::Warp* keep) {
   if constexpr (S == Sweep::kStats) {
     visit_dtype<S, L1>(p, entry, place, thread, keep);  // (any penalty: it is not asked)
+  } else if constexpr (kHasOwnLoops<S, F>) {
+    by_penalty<F>(p.rule(entry.rule).penalty, [&](auto penalty) {
+      visit_dtype<S, decltype(penalty)>(p, entry, place, thread, keep);
+    });
+  } else if (static_cast<DType>(entry.dtype) == DType::kFloat64) {
+    visit_shared<S, F, double>(p, entry, place, thread, keep);
   } else {
-    int penalty = 0;
-    const int own = p.rule(entry.rule).penalty;
-#define PYREG_VISIT(P) \
-  if (own == penalty++) return visit_dtype<S, P>(p, entry, place, thread, keep);
-    PYREG_ELEMENTARY(PYREG_VISIT)
-#undef PYREG_VISIT
+    visit_shared<S, F, float>(p, entry, place, thread, keep);
   }
 }
 
 // A sweep's chunks [begin, end), a warp each by turns.
-template <Sweep S, class Executor>
+template <Sweep S, Family F, class Executor>
 PYREG_DEVICE void visit_chunks(Executor& run, const Parameter& p, Shared<S>& shared, int warp,
                                uint32_t row, uint32_t begin, uint32_t end, int parity) {
   uint32_t next = p.first_chunk(row + 1);
@@ -106,10 +157,11 @@ PYREG_DEVICE void visit_chunks(Executor& run, const Parameter& p, Shared<S>& sha
     const Entry entry = p.entry(row);
     if (S == Sweep::kGradient && entry.g == nullptr) continue;
     if (S == Sweep::kProx && entry.w == nullptr) continue;
-    const Place place = place_of(p, entry, next, chunk);
+    Place place = place_of(p, entry, row, next, chunk);
+    if (S == Sweep::kProxInMetric && entry.w == nullptr) place.n = 0;
     if constexpr (kHasTotals<S>) {
       typename Shared<S>::Warp* keep = &shared.warps[warp];
-      run.each_lane([&](int lane) { visit_any<S>(p, entry, place, lane, keep); });
+      run.each_lane([&](int lane) { visit_any<S, F>(p, entry, place, lane, keep); });
       const int i = static_cast<int>(chunk - begin);
       reduce_lanes<S>(run, keep, static_cast<DType>(entry.dtype) == DType::kFloat64,
                       shared.sums[parity][i]);
@@ -118,18 +170,18 @@ PYREG_DEVICE void visit_chunks(Executor& run, const Parameter& p, Shared<S>& sha
       });
     } else {
       (void)shared, (void)parity;
-      run.each_lane([&](int lane) { visit_any<S>(p, entry, place, lane, nullptr); });
+      run.each_lane([&](int lane) { visit_any<S, F>(p, entry, place, lane, nullptr); });
     }
   }
 }
 
-template <Sweep S, class Executor>
+template <Sweep S, Family F, class Executor>
 PYREG_DEVICE void run_block(Executor& run, const Parameter& p, uint32_t block, uint32_t blocks,
                             Shared<S>& shared) {
   const uint32_t begin = begin_of(p, block), end = begin_of(p, block + 1);
   uint32_t row = find_row(p, begin);
   if constexpr (!kHasTotals<S>) {
-    run.each_warp([&](int warp) { visit_chunks<S>(run, p, shared, warp, row, begin, end, 0); });
+    run.each_warp([&](int warp) { visit_chunks<S, F>(run, p, shared, warp, row, begin, end, 0); });
   } else {
     int parity = 0;
     run.each_thread([&](int thread) {
@@ -139,7 +191,7 @@ PYREG_DEVICE void run_block(Executor& run, const Parameter& p, uint32_t block, u
       const uint32_t stop = end - batch < kBatch ? end : batch + kBatch;
       while (batch >= p.first_chunk(row + 1)) ++row;
       run.each_warp(
-          [&](int warp) { visit_chunks<S>(run, p, shared, warp, row, batch, stop, parity); });
+          [&](int warp) { visit_chunks<S, F>(run, p, shared, warp, row, batch, stop, parity); });
       run.sync();
       run.each_thread([&](int thread) {
         add_chunks<S>(p, shared, parity, static_cast<int>(stop - batch), thread);
@@ -152,7 +204,7 @@ PYREG_DEVICE void run_block(Executor& run, const Parameter& p, uint32_t block, u
         p.partials[static_cast<int64_t>(carried) * kColumns<S> + thread] =
             shared.carry[!parity][thread];
     });
-    if (run.is_last(p.done, blocks)) finish<S>(run, p, shared);
+    if (run.is_last(p.done, blocks)) finish<S, F>(run, p, shared);
   }
 }
 

@@ -1,4 +1,5 @@
-// One chunk of one tensor, visited by one warp: what a thread does.
+// One chunk of one tensor, visited by one warp: what a thread does where a penalty and a dtype have
+// a loop of their own. (rows.h: where they share it.)
 //
 // A chunk is kDepth rows of kLanes elements, as in cpu/kernels.cpp: lane j adds the elements
 // j, j + kLanes, ... in the compute type. A thread keeps kOwn lanes. Which ones depends on how many
@@ -12,7 +13,6 @@
 
 namespace pyreg::cuda {
 
-constexpr int kWarp = 32;
 constexpr int kLanes = 256;
 constexpr int kDepth = static_cast<int>(kChunk) / kLanes;
 constexpr int kOwn = kLanes / kWarp;
@@ -33,11 +33,13 @@ PYREG_DEVICE void narrow(double x, double& y) { y = x; }
 PYREG_DEVICE void narrow(float x, BFloat16& y) { y = to_bfloat16(x); }
 PYREG_DEVICE void narrow(float x, Float16& y) { y = to_float16(x); }
 
-// A rule's strengths and the sweep's scale, rounded to the compute type.
+// A rule's strengths and the sweep's scale or a row's metric, rounded to the compute type.
 template <class C>
 struct Numbers {
   C strengths[kMaxStrengths];
-  C scale;
+  C scale;  // or the metric's numerator
+  C factor, offset;
+  bool root;
 };
 
 // What a thread has added up in one chunk: its kOwn lanes of two sums, and of `stats` the rest.
@@ -54,6 +56,23 @@ PYREG_DEVICE int lane_of(int thread, int v) {
   return v / W * (kWarp * W) + thread * W + v % W;
 }
 
+// One element's part of the sums.
+template <class P, class C>
+PYREG_DEVICE void add(C w, const C* c, C& first, C& second) {
+  first = P::template add<0>(first, w, c);
+  if (P::kSums > 1) second = P::template add<1>(second, w, c);
+}
+
+// What is written for an element w; beside it the old gradient, or what its metric divides by.
+template <Sweep S, class P, class C>
+PYREG_DEVICE C result(C w, C beside, const Numbers<C>& numbers) {
+  const C* c = numbers.strengths;
+  if (S == Sweep::kGradient) return numbers.scale * P::grad(w, c);
+  if (S == Sweep::kAccumulate) return beside + numbers.scale * P::grad(w, c);
+  if (S == Sweep::kProx) return P::prox(w, numbers.scale, c);
+  return P::prox_ratio(w, numbers.scale, beside, c);
+}
+
 // Vectors that a thread asks for before it uses the first: 64 bytes of each of two streams, or 128
 // of one; half of that for float64, whose lanes take twice the registers, and for single elements.
 template <Sweep S, class T, int W>
@@ -61,6 +80,22 @@ constexpr int kInFlight = (S == Sweep::kAccumulate ? 4 : 8) / (sizeof(T) == 8 ||
 
 // Keeps the compiler from asking for more of them: registers decide how many warps run at a time.
 PYREG_DEVICE void load_no_further() { asm volatile("" ::: "memory"); }
+
+// The compiler must not know x again: it would keep what follows from it in registers, addresses
+// and factors for every penalty and dtype.
+template <class X>
+PYREG_DEVICE void forget(X& x) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(X) == sizeof(double))
+    asm volatile("" : "+d"(x));
+  else if constexpr (X(0.5) != X(0))
+    asm volatile("" : "+f"(x));
+  else
+    asm volatile("" : "+r"(x));
+#else
+  (void)x;
+#endif
+}
 
 // n elements at w (and g), n = kChunk if W > 1. Without `write`, g is only read.
 template <Sweep S, class P, class T, int W>
@@ -73,7 +108,6 @@ PYREG_DEVICE void visit(T* w, T* g, bool write, int n, int thread,
   constexpr int kVectors = kOwn / W;  // of a thread in a row
   constexpr int kRows = kLoads > kVectors ? kLoads / kVectors : 1;
   static_assert(kDepth % kRows == 0 && kRows * kVectors % kLoads == 0);
-  const C* c = numbers.strengths;
   if (W > 1) n = static_cast<int>(kChunk);
 #pragma unroll 1
   for (int begin = 0; begin < n; begin += kRows * kLanes) {
@@ -101,10 +135,8 @@ PYREG_DEVICE void visit(T* w, T* g, bool write, int n, int thread,
         for (int e = 0; e < W; ++e) {
           const int v = (first + i) % kVectors * W + e;
           const C a = widen(x[i].at[e]);
-          if (S == Sweep::kValue || S == Sweep::kAccumulate) {
-            totals.first[v] = P::template add<0>(totals.first[v], a, c);
-            if (P::kSums > 1) totals.second[v] = P::template add<1>(totals.second[v], a, c);
-          }
+          if (S == Sweep::kValue || S == Sweep::kAccumulate)
+            add<P>(a, numbers.strengths, totals.first[v], totals.second[v]);
           if (S == Sweep::kStats) {
             const C size = absolute(a);
             totals.first[v] += size;
@@ -113,10 +145,10 @@ PYREG_DEVICE void visit(T* w, T* g, bool write, int n, int thread,
             totals.zeros += size == C(0);
             totals.non_finite += !(size < static_cast<C>(__builtin_inf()));
           }
-          if (S == Sweep::kGradient) narrow(numbers.scale * P::grad(a, c), y.at[e]);
-          if (S == Sweep::kAccumulate)
-            narrow(widen(old[i].at[e]) + numbers.scale * P::grad(a, c), y.at[e]);
-          if (S == Sweep::kProx) narrow(P::prox(a, numbers.scale, c), y.at[e]);
+          if (kWritesGradient<S> || S == Sweep::kProx) {
+            const C beside = S == Sweep::kAccumulate ? widen(old[i].at[e]) : a;
+            narrow(result<S, P>(a, beside, numbers), y.at[e]);
+          }
         }
         if (kWritesGradient<S> && write) *reinterpret_cast<V*>(g + at[i]) = y;
         if (S == Sweep::kProx) *reinterpret_cast<V*>(w + at[i]) = y;

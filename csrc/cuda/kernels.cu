@@ -1,9 +1,10 @@
-// The five sweeps on NVIDIA GPUs: each one kernel, one launch, for any number of tensors.
+// The six sweeps on NVIDIA GPUs: each one kernel, one launch, for any number of tensors. Compiled
+// once for each family of penalties (PYREG_FAMILY names it).
 //
 // What moves, in N, the parameters' bytes: value and stats read N; gradient and prox read N and
-// write N; accumulate reads 2 N and writes N. Besides: 16 or 40 bytes for each segment, of which
-// there are some four thousand and one more for each tensor. Nothing comes from the host, for the
-// tensors' addresses are in the launch itself.
+// write N; accumulate and prox_in_metric read 2 N and write N. Besides: 16 or 40 bytes for each
+// segment, of which there are some four thousand and one more for each tensor. Nothing comes from
+// the host, for the tensors' addresses are in the launch itself.
 //
 // What limits it: memory. An H200 does some 40 operations in the time that it moves the 6 bytes of
 // one bfloat16 element of accumulate, and the sweep needs about 20. So all that counts is to have
@@ -23,12 +24,16 @@
 //   so gradients and proximal steps are the CPU's too. Only a NaN's payload may differ.
 // - The last block to finish adds up the partials: no second kernel, no atomic additions of
 //   numbers. It also sets the counter back for the next launch: nothing needs to clear it.
-// - One kernel for all dtypes and penalties, chosen for each chunk: 24 bodies share 80 registers.
+// - One kernel for all dtypes and penalties of a pack, chosen for each chunk. L1, L2 and elastic
+//   net have kernels of their own, in which each has a loop for each dtype: 24 bodies share 80
+//   registers. A pack with any other penalty goes through kernels that know all nine. There, and in
+//   prox_in_metric, all dtypes share a penalty's body (rows.h): a loop for each would take minutes
+//   to compile. It takes some 128 registers, so 384 to 512 threads are resident, and a thread asks
+//   for 32 to 128 bytes at a time: less is in flight, but most of those penalties have divisions to
+//   do meanwhile.
+// - prox_in_metric reads the value off the new weights before they leave the registers.
 
 #include <cuda_runtime.h>
-
-#include <mutex>
-#include <stdexcept>
 
 #include "block.h"
 #include "launch.h"
@@ -37,15 +42,18 @@ namespace pyreg::cuda {
 namespace {
 
 // As many blocks as run at a time without a register being spilled, as
-// tests/test_cuda_machine_code.py shows: 80 registers a thread on sm_90, 96 before it, 128 after
-// it, where the compiler takes more.
+// tests/test_cuda_machine_code.py shows. Where each penalty and dtype has a loop of its own, 80
+// registers a thread on sm_90, 96 before it, 128 after it, where the compiler takes more; else up
+// to 168, of which it takes 128 before sm_100 (so four blocks run) and a few more from there on.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kBlocksPerMultiprocessor = 4;
+constexpr int kBlocksOfOwnLoops = 4;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-constexpr int kBlocksPerMultiprocessor = 6;
+constexpr int kBlocksOfOwnLoops = 6;
 #else
-constexpr int kBlocksPerMultiprocessor = 5;
+constexpr int kBlocksOfOwnLoops = 5;
 #endif
+template <Sweep S, Family F>
+constexpr int kBlocks = kHasOwnLoops<S, F> ? kBlocksOfOwnLoops : 3;
 
 // The executor of block.h: a thread runs each phase once.
 struct Device {
@@ -56,8 +64,7 @@ struct Device {
   template <class F>
   __device__ __forceinline__ void each_lane(F f) {
     int lane = threadIdx.x % kWarp;
-    // The compiler must not know it again: it would keep addresses of all 24 bodies in registers.
-    asm volatile("" : "+r"(lane));
+    forget(lane);
     f(lane);
     __syncwarp();
   }
@@ -86,100 +93,33 @@ struct Device {
 
 }  // namespace
 
-template <Sweep S>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+template <Sweep S, Family F>
+__global__ void __launch_bounds__(kThreads, kBlocks<S, F>)
     sweep(const __grid_constant__ Parameter p) {
   __shared__ Shared<S> shared;
   Device run;
-  run_block<S>(run, p, blockIdx.x, gridDim.x, shared);
+  run_block<S, F>(run, p, blockIdx.x, gridDim.x, shared);
 }
 
-namespace {
-
-const void* const kKernels[kSweeps] = {reinterpret_cast<const void*>(&sweep<Sweep::kValue>),
-                                       reinterpret_cast<const void*>(&sweep<Sweep::kGradient>),
-                                       reinterpret_cast<const void*>(&sweep<Sweep::kAccumulate>),
-                                       reinterpret_cast<const void*>(&sweep<Sweep::kProx>),
-                                       reinterpret_cast<const void*>(&sweep<Sweep::kStats>)};
-
-void check(cudaError_t status, const char* what, int device) {
-  if (status == cudaSuccess) return;
-  cudaGetLastError();  // this error is told here, and not again by somebody else's call
-  throw std::runtime_error("pyreg " + std::string(what) + " on cuda:" + std::to_string(device) +
-                           ": " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) +
-                           ")");
-}
-
-// Makes a device the current one, and the one before it again.
-class Current {
- public:
-  Current(int device, const char* what) {
-    check(cudaGetDevice(&before_), what, device);
-    if (before_ == device) return;
-    check(cudaSetDevice(device), what, device);
-    moved_ = true;
+template <Family F>
+const void* kernel(Sweep s) {
+  switch (s) {
+    case Sweep::kValue:
+      return reinterpret_cast<const void*>(&sweep<Sweep::kValue, F>);
+    case Sweep::kGradient:
+      return reinterpret_cast<const void*>(&sweep<Sweep::kGradient, F>);
+    case Sweep::kAccumulate:
+      return reinterpret_cast<const void*>(&sweep<Sweep::kAccumulate, F>);
+    case Sweep::kProx:
+      return reinterpret_cast<const void*>(&sweep<Sweep::kProx, F>);
+    case Sweep::kProxInMetric:
+      return reinterpret_cast<const void*>(&sweep<Sweep::kProxInMetric, F>);
+    case Sweep::kStats:
+      if constexpr (F == Family::kElementary)
+        return reinterpret_cast<const void*>(&sweep<Sweep::kStats, F>);
   }
-  ~Current() {
-    if (moved_) cudaSetDevice(before_);
-  }
-  Current(const Current&) = delete;
-  Current& operator=(const Current&) = delete;
-
- private:
-  int before_ = 0;
-  bool moved_ = false;
-};
-
-constexpr int kDevices = 64;
-std::mutex mutex;
-int known_blocks[kDevices][kSweeps];
-
-}  // namespace
-
-int built_with() { return CUDART_VERSION; }
-
-const char* architectures() { return PYREG_CUDA_ARCHITECTURES; }
-
-int driver_serves() {
-  int version = 0;
-  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+  return nullptr;
 }
-
-std::string unserved(int device) {
-  try {
-    for (int s = 0; s < kSweeps; ++s) blocks_at_a_time(static_cast<Sweep>(s), device);
-    return "";
-  } catch (const std::runtime_error& error) {
-    return error.what();
-  }
-}
-
-int blocks_at_a_time(Sweep sweep, int device) {
-  const int s = static_cast<int>(sweep);
-  if (device < 0 || device >= kDevices)
-    throw std::runtime_error("device " + std::to_string(device) + " is out of range");
-  const std::lock_guard<std::mutex> lock(mutex);
-  int& blocks = known_blocks[device][s];
-  if (blocks == 0) {
-    const Current current(device, kSweepNames[s]);
-    int each = 0, multiprocessors = 0;
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kKernels[s], kThreads, 0),
-          kSweepNames[s], device);
-    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
-          kSweepNames[s], device);
-    if (each == 0) throw std::runtime_error("a block does not fit into a multiprocessor");
-    blocks = each * multiprocessors;
-  }
-  return blocks;
-}
-
-void launch(Sweep sweep, const Parameter& parameter, uint32_t blocks, int device, void* stream) {
-  const int s = static_cast<int>(sweep);
-  const Current current(device, kSweepNames[s]);
-  void* arguments[] = {const_cast<Parameter*>(&parameter)};
-  check(cudaLaunchKernel(kKernels[s], dim3(blocks), dim3(kThreads), arguments, 0,
-                         static_cast<cudaStream_t>(stream)),
-        kSweepNames[s], device);
-}
+template const void* kernel<Family::PYREG_FAMILY>(Sweep);
 
 }  // namespace pyreg::cuda

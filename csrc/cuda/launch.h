@@ -10,7 +10,8 @@
 
 namespace pyreg::cuda {
 
-constexpr const char* kSweepNames[kSweeps] = {"value", "gradient", "accumulate", "prox", "stats"};
+constexpr const char* kSweepNames[kSweeps] = {"value", "gradient",       "accumulate",
+                                              "prox",  "prox_in_metric", "stats"};
 
 // What it was built with: CUDA's version (13000 for 13.0), and architectures as CMake lists them.
 int built_with();
@@ -23,10 +24,15 @@ int driver_serves();
 // later launch does: a stream that is being captured forbids it.
 std::string unserved(int device);
 
-// Blocks of a sweep's kernel that a device runs at a time: the largest grid worth launching.
-int blocks_at_a_time(Sweep sweep, int device);
+// The address of a family's kernel (kernels.cu); null for `stats`, but of the elementary.
+template <Family F>
+const void* kernel(Sweep sweep);
+
+// Blocks of a kernel that a device runs at a time: the largest grid worth launching.
+int blocks_at_a_time(Sweep sweep, Family family, int device);
 
 // One launch on a stream of the device. Does not wait for it.
-void launch(Sweep sweep, const Parameter& parameter, uint32_t blocks, int device, void* stream);
+void launch(Sweep sweep, Family family, const Parameter& parameter, uint32_t blocks, int device,
+            void* stream);
 
 }  // namespace pyreg::cuda

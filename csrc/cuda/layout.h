@@ -59,21 +59,30 @@ class Plan {
       rules_[r].first_segment = by_rule ? entries_[i].first_segment : 0;
       if (by_rule && r < penalties.size()) rules_[r].penalty = static_cast<uint8_t>(penalties[r]);
     }
-    by_value_ = entries_.size() <= kEntries && rules_.size() <= kRules + 1;
-    for (const Entry& e : entries_) by_value_ = by_value_ && PackedEntry::fits(e);
+    fits_ = rules_.size() <= kRules + 1;
+    for (const Entry& e : entries_) fits_ = fits_ && PackedEntry::fits(e);
+    for (int penalty : penalties)
+      if (by_rule && penalty >= kElementary) family_ = Family::kAll;
   }
 
-  bool by_value() const { return by_value_; }
+  Family family() const { return family_; }
+  bool by_value() const {
+    const size_t most = metrics_.empty() ? kEntries : kEntriesInMetric;
+    return fits_ && entries_.size() <= most;
+  }
   uint32_t rows() const { return static_cast<uint32_t>(order_.size()); }
   uint32_t rules() const { return static_cast<uint32_t>(rules_.size()) - 1; }
   uint32_t segments() const { return entries_.back().first_segment; }
   const std::vector<Entry>& entries() const { return entries_; }
 
-  // w[i] and g[i] are the i-th tensor's, in the caller's order. Without g there are no gradients.
-  void show(void* const* w, void* const* g) {
+  // w[i] and g[i] are the i-th tensor's, in the caller's order, and metrics[i] is its metric, of
+  // which g[i] is the moment then. Without g there are no gradients.
+  void show(void* const* w, void* const* g, const RowMetric* metrics = nullptr) {
+    metrics_.resize(metrics == nullptr ? 0 : order_.size());
     for (size_t i = 0; i < order_.size(); ++i) {
       entries_[i].w = w[order_[i]];
       entries_[i].g = g == nullptr ? nullptr : g[order_[i]];
+      if (metrics != nullptr) metrics_[i] = metrics[order_[i]];
     }
   }
 
@@ -86,14 +95,12 @@ class Plan {
       }
   }
 
-  // What a table in device memory holds: the entries, then the rules.
+  // What a table in device memory holds: the entries, the rules, the metrics.
   size_t table_bytes() const {
-    return entries_.size() * sizeof(Entry) + rules_.size() * sizeof(Rule);
+    return entries_.size() * sizeof(Entry) + rules_.size() * sizeof(Rule) +
+           metrics_.size() * sizeof(RowMetric);
   }
-  void write_table(char* to) const {
-    std::memcpy(to, entries_.data(), entries_.size() * sizeof(Entry));
-    std::memcpy(to + entries_.size() * sizeof(Entry), rules_.data(), rules_.size() * sizeof(Rule));
-  }
+  void write_table(char* to) const { copy(metrics_, copy(rules_, copy(entries_, to))); }
 
   // All of a parameter but its results and scratch, for at most so many blocks. `table` is the
   // table's place in device memory; null puts all into the parameter. Returns the grid's size.
@@ -103,8 +110,9 @@ class Plan {
     if (table != nullptr) {
       p.rule_table = reinterpret_cast<const Rule*>(table + entries_.size() * sizeof(Entry));
     } else {
-      if (!by_value_) throw std::logic_error("the tensors do not fit into one parameter");
+      if (!by_value()) throw std::logic_error("the tensors do not fit into one parameter");
       for (size_t i = 0; i < entries_.size(); ++i) p.entries[i] = PackedEntry::pack(entries_[i]);
+      copy(metrics_, reinterpret_cast<char*>(p.entries + entries_.size()));
       std::copy(rules_.begin(), rules_.end(), p.rule_entries);
     }
     p.scale = scale.scalar;
@@ -121,12 +129,22 @@ class Plan {
   }
 
  private:
+  // Returns where the copy ends.
+  template <class T>
+  static char* copy(const std::vector<T>& from, char* to) {
+    const size_t bytes = from.size() * sizeof(T);
+    if (bytes > 0) std::memcpy(to, from.data(), bytes);
+    return to + bytes;
+  }
+
   std::vector<int32_t> order_;
-  std::vector<Entry> entries_;  // [rows + 1]
-  std::vector<Rule> rules_;     // [rules + 1]
-  int64_t run_ = 1;             // chunks in a segment
+  std::vector<Entry> entries_;      // [rows + 1]
+  std::vector<Rule> rules_;         // [rules + 1]
+  std::vector<RowMetric> metrics_;  // [rows], or none
+  int64_t run_ = 1;                 // chunks in a segment
   uint32_t chunks_ = 0;
-  bool by_value_ = false;
+  Family family_ = Family::kElementary;
+  bool fits_ = false;  // into the fields of the parameter
 };
 
 }  // namespace pyreg::cuda

@@ -18,11 +18,23 @@
 
 namespace pyreg::cuda {
 
-enum class Sweep : int { kValue, kGradient, kAccumulate, kProx, kStats };
-constexpr int kSweeps = 5;
+enum class Sweep : int { kValue, kGradient, kAccumulate, kProx, kProxInMetric, kStats };
+constexpr int kSweeps = 6;
+
+// The penalties that a kernel knows: those of PYREG_ELEMENTARY, or all.
+enum class Family : int { kElementary, kAll };
+constexpr int kFamilies = 2;
+
+constexpr int kWarp = 32;
+constexpr int kWarps = 4;  // of a block
+constexpr int kThreads = kWarps * kWarp;
 
 template <Sweep S>
 constexpr bool kWritesGradient = S == Sweep::kGradient || S == Sweep::kAccumulate;
+template <Sweep S>
+constexpr bool kReadsBeside = S == Sweep::kAccumulate || S == Sweep::kProxInMetric;
+template <Sweep S>
+constexpr bool kWritesTensor = S == Sweep::kProx || S == Sweep::kProxInMetric;
 template <Sweep S>
 constexpr bool kHasTotals = S != Sweep::kGradient && S != Sweep::kProx;
 // Numbers in a partial: the sums of a rule, or what `stats` tells of a row.
@@ -73,8 +85,8 @@ struct Rule {
 // A tensor. Its chunks and segments are numbered from first_chunk and first_segment up to the next
 // entry's; `last` is the number of elements in its last chunk, less one.
 struct Entry {
-  void* w;
-  void* g;  // null: none
+  void* w;  // null: a prox leaves the tensor out
+  void* g;  // its gradient or moment; null: none
   uint32_t first_chunk;
   uint32_t first_segment;
   uint32_t rule;
@@ -82,6 +94,15 @@ struct Entry {
   uint8_t dtype;
 };
 static_assert(sizeof(Entry) == 32);
+
+// A tensor's metric, as pyreg::Metric of sweeps.h.
+struct RowMetric {
+  Scalar numbers[3];  // numerator, factor, offset
+  ScalarKind kinds[3];
+  bool root;
+  bool float32;  // the moment's dtype: float32, or else the tensor's own
+};
+static_assert(sizeof(RowMetric) == 32);
 
 // The same in 24 bytes, where the numbers are small enough.
 struct PackedEntry {
@@ -127,14 +148,16 @@ struct PackedEntry {
 };
 
 constexpr int kParameterBytes = 32764;
-constexpr int kRules = 32;      // by value
-constexpr int kEntries = 1329;  // by value, a last one included that only ends the one before
+constexpr int kRules = 32;        // by value
+constexpr int kEntries = 1329;    // by value, a last one included that only ends the one before
+constexpr int kEntriesInMetric =  // with a metric each
+    1 + (kEntries - 1) * sizeof(PackedEntry) / (sizeof(PackedEntry) + sizeof(RowMetric));
 
 struct Parameter {
   const Entry* table;      // [rows + 1] in device memory; null: `entries` below
   const Rule* rule_table;  // [rules + 1]
-  // value, accumulate: the value, the sums [rules * columns], each rule's value [rules], the value
-  // as float32.
+  // value, accumulate, prox_in_metric: the value, the sums [rules * columns], each rule's value
+  // [rules], the value as float32.
   // stats: [rows * columns].
   double* out;
   double* partials;  // [segments * columns]
@@ -152,6 +175,11 @@ struct Parameter {
     return table ? table[i].first_chunk : entries[i].first_chunk();
   }
   PYREG_DEVICE Rule rule(uint32_t i) const { return rule_table ? rule_table[i] : rule_entries[i]; }
+  // prox_in_metric: [rows], behind all else.
+  PYREG_DEVICE RowMetric metric(uint32_t i) const {
+    return table ? reinterpret_cast<const RowMetric*>(rule_table + rules + 1)[i]
+                 : reinterpret_cast<const RowMetric*>(entries + rows + 1)[i];
+  }
 };
 static_assert(sizeof(Parameter) <= kParameterBytes, "passed by value");
 static_assert(sizeof(Parameter) + sizeof(PackedEntry) > kParameterBytes, "room for one more");

@@ -9,12 +9,10 @@
 #pragma once
 
 #include "../combine.h"
-#include "chunk.h"
+#include "rows.h"
 
 namespace pyreg::cuda {
 
-constexpr int kWarps = 4;
-constexpr int kThreads = kWarps * kWarp;
 constexpr int kBatch = 64;   // chunks between two barriers
 constexpr int kGroups = 16;  // of lanes, in the reduction of a chunk
 
@@ -177,7 +175,7 @@ PYREG_DEVICE void add_partials(Executor& run, const double* partials, uint32_t n
 }
 
 // The last block's: from partials to results.
-template <Sweep S, class Executor>
+template <Sweep S, Family F, class Executor>
 PYREG_DEVICE void finish(Executor& run, const Parameter& p, Shared<S>& shared) {
   const uint32_t units = S == Sweep::kStats ? p.rows : p.rules;
   double* totals = S == Sweep::kStats ? p.out : p.out + 1;
@@ -220,14 +218,10 @@ PYREG_DEVICE void finish(Executor& run, const Parameter& p, Shared<S>& shared) {
         double strengths[kMaxStrengths];
         for (int k = 0; k < kMaxStrengths; ++k)
           strengths[k] = read(rule.strengths[k], rule.kinds[k]);
-        int penalty = 0;
-        double own = 0;
-#define PYREG_VALUE(P) \
-  if (rule.penalty == penalty++) own = P::value(totals + u * kColumns<S>, strengths);
-        PYREG_ELEMENTARY(PYREG_VALUE)
-#undef PYREG_VALUE
-        values[u] = own;
-        value += own;
+        by_penalty<F>(rule.penalty, [&](auto p) {
+          values[u] = decltype(p)::value(totals + u * kColumns<S>, strengths);
+        });
+        value += values[u];
       }
       *p.out = value;
       *reinterpret_cast<float*>(values + units) = static_cast<float>(value);

@@ -33,12 +33,13 @@ PYREG_DEVICE uint32_t begin_of(const Parameter& p, uint32_t block) {
 struct Place {
   int64_t begin;  // elements
   int n;
-  uint32_t segment;
+  uint32_t segment, row;
 };
-PYREG_DEVICE Place place_of(const Parameter& p, const Entry& entry, uint32_t next, uint32_t chunk) {
+PYREG_DEVICE Place place_of(const Parameter& p, const Entry& entry, uint32_t row, uint32_t next,
+                            uint32_t chunk) {
   const uint32_t within = chunk - entry.first_chunk;
   return {within * kChunk, chunk + 1 == next ? entry.last + 1 : static_cast<int>(kChunk),
-          entry.first_segment + within / p.run};
+          entry.first_segment + within / p.run, row};
 }
 
 }  // namespace pyreg::cuda

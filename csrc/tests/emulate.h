@@ -58,7 +58,7 @@ struct Host {
   }
 };
 
-template <Sweep S>
+template <Sweep S, Family F>
 void run_grid(const Parameter& p, uint32_t blocks, Random& random) {
   std::vector<uint32_t> order(blocks);
   std::iota(order.begin(), order.end(), 0);
@@ -67,23 +67,34 @@ void run_grid(const Parameter& p, uint32_t blocks, Random& random) {
   auto shared = std::make_unique<Shared<S>>();
   for (uint32_t block : order) {
     std::memset(static_cast<void*>(shared.get()), 0xff, sizeof *shared);  // NaN
-    run_block<S>(host, p, block, blocks, *shared);
+    run_block<S, F>(host, p, block, blocks, *shared);
   }
 }
 
-inline void run_sweep(Sweep sweep, const Parameter& p, uint32_t blocks, Random& random) {
+template <Family F>
+void run_sweep(Sweep sweep, const Parameter& p, uint32_t blocks, Random& random) {
   switch (sweep) {
     case Sweep::kValue:
-      return run_grid<Sweep::kValue>(p, blocks, random);
+      return run_grid<Sweep::kValue, F>(p, blocks, random);
     case Sweep::kGradient:
-      return run_grid<Sweep::kGradient>(p, blocks, random);
+      return run_grid<Sweep::kGradient, F>(p, blocks, random);
     case Sweep::kAccumulate:
-      return run_grid<Sweep::kAccumulate>(p, blocks, random);
+      return run_grid<Sweep::kAccumulate, F>(p, blocks, random);
     case Sweep::kProx:
-      return run_grid<Sweep::kProx>(p, blocks, random);
+      return run_grid<Sweep::kProx, F>(p, blocks, random);
+    case Sweep::kProxInMetric:
+      return run_grid<Sweep::kProxInMetric, F>(p, blocks, random);
     case Sweep::kStats:
-      return run_grid<Sweep::kStats>(p, blocks, random);
+      return run_grid<Sweep::kStats, F>(p, blocks, random);
   }
+}
+
+inline void run_sweep(Sweep sweep, Family family, const Parameter& p, uint32_t blocks,
+                      Random& random) {
+  if (family == Family::kAll)
+    run_sweep<Family::kAll>(sweep, p, blocks, random);
+  else
+    run_sweep<Family::kElementary>(sweep, p, blocks, random);
 }
 
 }  // namespace pyreg::cuda

@@ -12,13 +12,13 @@ int built_with() { return 0; }
 const char* architectures() { return "the host"; }
 int driver_serves() { return 0; }
 std::string unserved(int) { return ""; }
-int blocks_at_a_time(Sweep, int) { return 7; }
+int blocks_at_a_time(Sweep, Family, int) { return 7; }
 
-void launch(Sweep sweep, const Parameter& parameter, uint32_t blocks, int, void*) {
+void launch(Sweep sweep, Family family, const Parameter& parameter, uint32_t blocks, int, void*) {
   static std::mutex mutex;
   static Random random(1);
   const std::lock_guard<std::mutex> lock(mutex);
-  run_sweep(sweep, parameter, blocks, random);
+  run_sweep(sweep, family, parameter, blocks, random);
 }
 
 }  // namespace pyreg::cuda

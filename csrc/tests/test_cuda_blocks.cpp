@@ -37,6 +37,12 @@ struct Rows {
     for (size_t i = 0; i < rows.size(); ++i) all.push_back(at(i));
     return all;
   }
+  void make_positive() {
+    for (size_t i = 0; i < rows.size(); ++i) {
+      const int64_t size = item_size(rows[i].dtype);
+      for (int64_t e = 0; e < rows[i].numel; ++e) at(i)[e * size + size - 1] &= 0x7f;
+    }
+  }
   // Normal numbers, some of both zeros; with `rare` a NaN or an infinity here and there.
   void fill(Random& random, bool rare) {
     std::normal_distribution<float> normal;
@@ -101,7 +107,8 @@ void test_same_bits_as_the_cpu() {
   for (int round = 0; round < 250; ++round) {
     const int rules = 1 + static_cast<int>(random() % 4);
     std::vector<int> penalties(rules), skip;
-    for (int& penalty : penalties) penalty = static_cast<int>(random() % kElementary);
+    const int known = round % 2 ? kElementary : kPenalties;
+    for (int& penalty : penalties) penalty = static_cast<int>(random() % known);
     const auto rows = random_rows(random, round % 10 == 0 ? 60 : 12, rules);
     for (size_t i = 0; i < rows.size(); ++i)
       skip.push_back(random() % 2 ? 0 : static_cast<int>(random() % 8));
@@ -116,6 +123,8 @@ void test_same_bits_as_the_cpu() {
 
     std::vector<double> strengths(rules * kMaxStrengths);
     for (double& s : strengths) s = static_cast<double>(random() % 1000) * 1.1e-3;
+    for (int r = 0; r < rules; ++r)
+      if (penalties[r] >= kElementary) strengths[r * kMaxStrengths + 1] += 2.1;  // a shape
     double scale = random() % 2 ? 1.0 : -0.3;
     float narrow_scale = static_cast<float>(scale);
     std::vector<cuda::Number> numbers;
@@ -123,11 +132,45 @@ void test_same_bits_as_the_cpu() {
       numbers.push_back(random() % 2 ? cuda::Number::of(s)
                                      : cuda::Number::at(&s, cuda::ScalarKind::kFloat64));
 
+    std::vector<Row> beside = rows;  // moments, and each row's metric
+    for (Row& row : beside)
+      if (random() % 2) row.dtype = DType::kFloat32;
+    Rows moments(beside, skip);
+    moments.fill(random, false);
+    moments.make_positive();
+    auto moment_pointers = moments.pointers();
+    std::vector<Metric> metrics(rows.size());
+    for (size_t i = 0; i < rows.size(); ++i) {
+      if (random() % 4 == 0) moment_pointers[i] = nullptr;
+      const auto number = [&] { return static_cast<double>(random() % 1000) * 1.1e-3; };
+      metrics[i] = {moment_pointers[i], beside[i].dtype == DType::kFloat32,
+                    random() % 2 == 0,  number(),
+                    number(),           number()};
+    }
+    std::vector<cuda::RowMetric> row_metrics(rows.size());
+    for (size_t i = 0; i < rows.size(); ++i) {
+      const double* given[] = {&metrics[i].numerator, &metrics[i].factor, &metrics[i].offset};
+      for (int k = 0; k < 3; ++k) {
+        const auto number = random() % 2 ? cuda::Number::of(*given[k])
+                                         : cuda::Number::at(given[k], cuda::ScalarKind::kFloat64);
+        row_metrics[i].numbers[k] = number.scalar;
+        row_metrics[i].kinds[k] = number.kind;
+      }
+      row_metrics[i].root = metrics[i].root;
+      row_metrics[i].float32 = metrics[i].float32;
+    }
+    const size_t left_out = random() % 9;  // a row that the caller sees to, if there is one
+
     const Table table(rows, penalties);
     for (int s = 0; s < cuda::kSweeps; ++s) {
       const Sweep sweep = static_cast<Sweep>(s);
-      const bool stats = sweep == Sweep::kStats,
-                 totals = stats || sweep == Sweep::kValue || sweep == Sweep::kAccumulate;
+      const bool stats = sweep == Sweep::kStats, in_metric = sweep == Sweep::kProxInMetric,
+                 totals = sweep != Sweep::kGradient && sweep != Sweep::kProx;
+      const auto written = [&](Rows& of) {
+        auto all = of.pointers();
+        if ((in_metric || sweep == Sweep::kProx) && left_out < all.size()) all[left_out] = nullptr;
+        return all;
+      };
       const int columns = stats ? 5 : kMaxSums;
       const double given = sweep == Sweep::kProx ? std::fabs(scale) : scale;
       cuda::Number number = cuda::Number::of(given);
@@ -140,20 +183,25 @@ void test_same_bits_as_the_cpu() {
       for (size_t i = 0; i < rows.size(); ++i)
         if (gradients[i] == nullptr) cpu_gradients[i] = nullptr;
       std::vector<double> expected;
-      if (sweep == Sweep::kValue || sweep == Sweep::kAccumulate) {
+      if (totals && !stats) {
         std::vector<double> sums(rules * kMaxSums);
         if (sweep == Sweep::kValue)
           cpu::value(table, cpu_w.pointers().data(), strengths.data(), sums.data(), 1);
+        else if (in_metric)
+          cpu::prox_in_metric(table, written(cpu_w).data(), metrics.data(), strengths.data(),
+                              sums.data(), 1);
         else
           cpu::accumulate(table, cpu_w.pointers().data(), cpu_gradients.data(), strengths.data(),
                           used, sums.data(), 1);
         expected.push_back(value_from_sums(table, sums.data(), strengths.data()));
         expected.insert(expected.end(), sums.begin(), sums.end());
+        const std::vector<double> values = values_from_sums(table, sums.data(), strengths.data());
+        expected.insert(expected.end(), values.begin(), values.end());
       } else if (sweep == Sweep::kGradient) {
         cpu::gradient(table, cpu_w.pointers().data(), cpu_gradients.data(), strengths.data(), used,
                       1);
       } else if (sweep == Sweep::kProx) {
-        cpu::prox(table, cpu_w.pointers().data(), strengths.data(), used, 1);
+        cpu::prox(table, written(cpu_w).data(), strengths.data(), used, 1);
       } else {
         std::vector<Stats> all(rows.size());
         cpu::stats(table, cpu_w.pointers().data(), all.data(), 1);
@@ -171,19 +219,24 @@ void test_same_bits_as_the_cpu() {
         for (size_t i = 0; i < rows.size(); ++i)
           if (gradients[i] == nullptr) gpu_gradients[i] = nullptr;
         const bool with_g = sweep == Sweep::kGradient || sweep == Sweep::kAccumulate;
-        plan.show(gpu_w.pointers().data(), with_g ? gpu_gradients.data() : nullptr);
+        plan.show(written(gpu_w).data(),
+                  in_metric ? moment_pointers.data()
+                  : with_g  ? gpu_gradients.data()
+                            : nullptr,
+                  in_metric ? row_metrics.data() : nullptr);
         plan.strengthen(numbers.data());
         std::vector<char> memory(plan.table_bytes() + 16);
         plan.write_table(memory.data());
         std::memset(static_cast<void*>(p.get()), 0xff, sizeof *p);
         const uint32_t blocks = plan.fill(*p, most == 3 ? memory.data() : nullptr, number, most);
         CHECK(blocks >= 1 && blocks <= most, "%u blocks of %u", blocks, most);
-        std::vector<double> out(totals ? stats ? rows.size() * 5 : 2 + rules * kMaxSums : 0, NAN);
+        std::vector<double> out(totals ? stats ? rows.size() * 5 : 2 + rules * (kMaxSums + 1) : 0,
+                                NAN);
         std::vector<double> partials(plan.segments() * columns + 1, NAN);
         p->out = out.data();
         p->partials = partials.data();
         p->done = &done;
-        cuda::run_sweep(sweep, *p, blocks, random);
+        cuda::run_sweep(sweep, plan.family(), *p, blocks, random);
         CHECK(done == 0, "the counter is %u after sweep %d", done, s);
         for (size_t i = 0; i < expected.size(); ++i)
           CHECK((std::isnan(out[i]) && std::isnan(expected[i])) || out[i] == expected[i],
@@ -239,7 +292,7 @@ void test_long_segments() {
     uint32_t blocks = plan.fill(*p, nullptr, cuda::Number::of(1), most);
     CHECK(p->run > 1, "a segment is one chunk");
     p->out = out.data(), p->partials = partials.data(), p->done = &done;
-    cuda::run_sweep(Sweep::kValue, *p, blocks, random);
+    cuda::run_sweep(Sweep::kValue, plan.family(), *p, blocks, random);
     for (size_t i = 0; i < expected.size(); ++i)
       CHECK(out[1 + i] == expected[i], "%u blocks: sum %zu is %.17g, the CPU's %.17g", blocks, i,
             out[1 + i], expected[i]);
@@ -247,7 +300,7 @@ void test_long_segments() {
     out.resize(5 * stats.size());
     blocks = by_row.fill(*p, nullptr, cuda::Number::of(1), most);
     p->out = out.data();
-    cuda::run_sweep(Sweep::kStats, *p, blocks, random);
+    cuda::run_sweep(Sweep::kStats, by_row.family(), *p, blocks, random);
     for (size_t r = 0; r < stats.size(); ++r)
       CHECK(out[5 * r] == stats[r].l1 && out[5 * r + 1] == stats[r].l2_squared &&
                 out[5 * r + 2] == stats[r].max_abs && out[5 * r + 3] == stats[r].zeros &&

@@ -36,7 +36,7 @@ void check_walk(const std::vector<int64_t>& sizes, uint32_t most, bool in_table)
     for (uint32_t chunk = begin; chunk < end && failures < 20; ++chunk) {
       uint32_t next = p.first_chunk(found + 1);
       while (chunk >= next) next = p.first_chunk(++found + 1);
-      const cuda::Place place = cuda::place_of(p, p.entry(found), next, chunk);
+      const cuda::Place place = cuda::place_of(p, p.entry(found), found, next, chunk);
       while (at == sizes[row]) ++row, at = 0;
       CHECK(found == row && place.begin == at && place.n >= 1 && place.n <= kChunk,
             "chunk %u: row %u, %d from %lld; expected row %lld, %lld", chunk, found, place.n,
@@ -109,6 +109,9 @@ void test_capacity() {
     return cuda::Plan(rows, std::vector<int>(rules, 0), true).by_value();
   };
   static_assert(cuda::kEntries - 1 >= 1300 && sizeof(cuda::Parameter) <= 32764);
+  static_assert(cuda::kEntriesInMetric * sizeof(cuda::PackedEntry) +
+                    (cuda::kEntriesInMetric - 1) * sizeof(cuda::RowMetric) <=
+                cuda::kEntries * sizeof(cuda::PackedEntry));
   CHECK(by_value(1137, int64_t{405} * 1000000000 / 1137, 1), "a Llama of 405e9 elements");
   CHECK(by_value(cuda::kEntries - 1, 5000, cuda::kRules), "as many as fit");
   CHECK(!by_value(cuda::kEntries, 5000, 1), "one tensor too many");

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..metric import Metric
 from ..pack import GradientMismatch, Pack, StaleLayout
 from ..penalties import Penalty
-from .torch import TorchBackend, add_gradient, apply_prox
+from .torch import add_gradient, apply_prox, apply_prox_in_metric
 
 
 @cache
@@ -128,19 +129,35 @@ class _State:
         self.layout = load().Layout(tensors, pack.rule_of, list(pack.penalties), device.index or 0)
         self.wide = any(dtype == torch.float64 for dtype, *_ in pack.geometry)
         self._device = device
-        self._tables = {kind: _Table(device) for kind in ("plain", "gradients", "stats")}
+        self._tables: dict[str, _Table] = {}  # by sweep
         self._scratch: dict[tuple[int, bool], Tensor] = {}
+        self._numbers: Tensor | None = None
 
-    def target(self, kind: str, out: Tensor | None = None) -> Any:
+    def target(self, sweep: str, out: Tensor | None = None) -> Any:
         queue = _current(self._device)
-        scratch = self._scratch_of(queue, kind == "stats")
-        table = self._tables[kind]
+        scratch = self._scratch_of(queue, sweep == "stats")
+        table = self._tables.setdefault(sweep, _Table(self._device))
         return load().Target(
             0 if out is None else out.data_ptr(),
             scratch.data_ptr(),
             queue.handle,
             lambda given: table.on(queue, given),
         )
+
+    def lasting(self, numbers: list[float | Tensor]) -> list[float | Tensor]:
+        """A metric's numbers, with tensors copied to where they were at the last call if a table
+        tells where that is: an optimizer makes them anew at every step."""
+        tensors = {i: x for i, x in enumerate(numbers) if isinstance(x, Tensor)}
+        if not tensors or len(numbers) <= 3 * load().max_by_value_in_metric:
+            return numbers
+        if self._numbers is None:
+            self._numbers = torch.empty(len(numbers), dtype=torch.float64, device=self._device)
+        kept = self._numbers.unbind()
+        with torch.no_grad():
+            torch._foreach_copy_(
+                [kept[i] for i in tensors], [x.reshape(()) for x in tensors.values()]
+            )
+        return [kept[i] if i in tensors else x for i, x in enumerate(numbers)]
 
     def _scratch_of(self, queue: _Queue, stats: bool) -> Tensor:
         """A zeroed counter and partials: one for each stream, one for captured graphs."""
@@ -190,7 +207,7 @@ class CudaBackend:
         self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty]
     ) -> tuple[Tensor, Tensor]:
         out = self._out(pack)
-        self._sweep("value", pack, tensors, "plain", out, _strengths(rules, pack))
+        self._sweep("value", pack, tensors, out, _strengths(rules, pack))
         return self._value(pack, out), self._parts(pack, out)[0].view(len(rules), -1)
 
     def gradient(
@@ -202,9 +219,7 @@ class CudaBackend:
         scale: float | Tensor,
     ) -> None:
         strengths = _strengths(rules, pack)
-        self._sweep(
-            "gradient", pack, tensors, "gradients", None, grads, strengths, _number(scale, pack)
-        )
+        self._sweep("gradient", pack, tensors, None, grads, strengths, _number(scale, pack))
 
     def accumulate(
         self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty], scale: float | Tensor
@@ -212,7 +227,7 @@ class CudaBackend:
         out = self._out(pack)
         strengths = _strengths(rules, pack)
         present, others = self._sweep(
-            "accumulate", pack, tensors, "gradients", out, strengths, _number(scale, pack)
+            "accumulate", pack, tensors, out, strengths, _number(scale, pack)
         )
         for i in others:
             add_gradient(pack.penalty(i, rules), tensors[i], scale)
@@ -222,16 +237,44 @@ class CudaBackend:
         self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty], step: float | Tensor
     ) -> None:
         strengths = _strengths(rules, pack)
-        others = self._sweep("prox", pack, tensors, "plain", None, strengths, _number(step, pack))
+        others = self._sweep("prox", pack, tensors, None, strengths, _number(step, pack))
         for i in others:
             apply_prox(pack.penalty(i, rules), tensors[i], step)
         torch.autograd.graph.increment_version(tensors)
 
-    prox_in_metric = TorchBackend.prox_in_metric
+    def prox_in_metric(
+        self,
+        pack: Pack,
+        tensors: list[Tensor],
+        metrics: Sequence[Metric],
+        rules: Sequence[Penalty],
+    ) -> tuple[Tensor, Tensor]:
+        out = self._out(pack)
+        numbers = [_number(x, pack) for m in metrics for x in (m.numerator, m.factor, m.offset)]
+        others = self._sweep(
+            "prox_in_metric",
+            pack,
+            tensors,
+            out,
+            [m.moment for m in metrics],
+            self._state(pack, tensors).lasting(numbers),
+            [m.root for m in metrics],
+            _strengths(rules, pack),
+        )
+        for i in others:
+            apply_prox_in_metric(pack.penalty(i, rules), tensors[i], metrics[i])
+        torch.autograd.graph.increment_version(tensors)
+        value, of_rules = self._value(pack, out), self._parts(pack, out)[1]
+        with torch.no_grad():
+            for i in others:
+                own = pack.penalty(i, rules).value(tensors[i])
+                value += own
+                of_rules[pack.rule_of[i]] += own
+        return value, of_rules
 
     def stats(self, pack: Pack, tensors: list[Tensor]) -> Tensor:
         out = torch.empty(len(tensors), 5, dtype=torch.float64, device=pack.device)
-        self._sweep("stats", pack, tensors, "stats", out)
+        self._sweep("stats", pack, tensors, out)
         return out
 
     def _out(self, pack: Pack) -> Tensor:
@@ -250,23 +293,26 @@ class CudaBackend:
         """As float32 if no tensor is float64: that saves a launch to convert it."""
         return out[0] if pack.layouts[self.name].wide else out[-1:].view(torch.float32)[0]
 
+    def _state(self, pack: Pack, tensors: list[Tensor]) -> _State:
+        state = pack.layouts.get(self.name)
+        if state is None:
+            pack.check_rows(tensors)
+            state = pack.layouts[self.name] = _State(pack, tensors)
+        return state
+
     def _sweep(
         self,
         verb: str,
         pack: Pack,
         tensors: list[Tensor],
-        kind: str,
         out: Tensor | None,
         *args: Any,
     ) -> Any:
         native = load()
         with _on(pack.device):
-            state = pack.layouts.get(self.name)
-            if state is None:
-                pack.check_rows(tensors)
-                state = pack.layouts[self.name] = _State(pack, tensors)
+            state = self._state(pack, tensors)
             try:
-                return getattr(state.layout, verb)(tensors, *args, state.target(kind, out))
+                return getattr(state.layout, verb)(tensors, *args, state.target(verb, out))
             except native.StaleLayout as error:
                 raise StaleLayout(str(error)) from None
             except native.GradientMismatch:

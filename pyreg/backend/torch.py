@@ -81,7 +81,6 @@ class TorchBackend:
         metrics: Sequence[Metric],
         rules: Sequence[Penalty],
     ) -> tuple[Tensor, Tensor]:
-        """By the formulas on every device, tensor by tensor. Native CUDA has no other yet."""
         pack.check_rows(tensors)
         for i, (t, metric) in enumerate(zip(tensors, metrics, strict=True)):
             apply_prox_in_metric(pack.penalty(i, rules), t, metric)
