@@ -16,7 +16,9 @@ A backend has
     gradient where there is one; how many there were; [rules] each rule's value;
   - `prox(pack, tensors, rules, step)`: in place;
   - `prox_in_metric(pack, tensors, metrics, rules) -> (value, of_rules)`: in place, with a step of
-    its own for each element; the values of the new weights. Native CUDA does it tensor by tensor
-    yet;
+    its own for each element; the values of the new weights;
   - `stats(pack, tensors)`: [rows, 5] float64, the columns of `reference.stats`.
+
+A backend that can take an optimizer's step in one sweep has `count` and `step` too: native on the
+CPU.
 """
