@@ -23,7 +23,8 @@ constexpr int kNoMoment = -1, kOfSeveral = -2;
 
 template <class C>
 PYREG_FN C joined(C w, C g, const C* n) {
-  return n[0] * g + n[2] * w;
+  g = n[0] * g;
+  return n[2] == C(0) ? g : g + n[2] * w;  // (w may be infinite)
 }
 
 // m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2; w -= n[6] m / (n[7] sqrt(v) + eps), and with
@@ -118,9 +119,10 @@ PYREG_FN C moved_and_shrunk(C w, C move, C q, C p, const C* strengths) {
   if (!U::kRatio) return ElasticNet::prox_ratio(w - move, p, q, strengths);
   const C k = C(2) * p * strengths[1], t = p * strengths[0], scaled = q * w - move;
   const C side = copy_sign(t, scaled);
-  const C from = k < q ? w : C(0), by = k < q ? k * w + move : -scaled;
-  const C to = from - (by + side) / (q + k);
-  return absolute(scaled) <= t ? C(0) : to;
+  const bool finite = absolute(w) < static_cast<C>(INFINITY);
+  const C from = (k < q) | !finite ? w : C(0), by = k < q ? k * w + move : -scaled;
+  const C top = finite ? by + side : move, bottom = finite ? q + k : q;
+  return absolute(scaled) <= t ? C(0) : from - top / bottom;
 }
 
 using Adam = AdamUpdate<false>;
@@ -132,11 +134,11 @@ using Rmsprop = RmspropUpdate<false, false>;
 using RmspropMomentum = RmspropUpdate<false, true>;
 using RmspropCentered = RmspropUpdate<true, false>;
 using RmspropCenteredMomentum = RmspropUpdate<true, true>;
-#define PYREG_UPDATES(X)                                                              \
-  X(Adam)                                                                             \
-  X(AdamAmsgrad)                                                                      \
-  X(Sgd) X(SgdMomentum) X(SgdNesterov) X(AdagradUpdate) X(Rmsprop) X(RmspropMomentum) \
-      X(RmspropCentered) X(RmspropCenteredMomentum)
+#define PYREG_ADAMS(X) X(Adam) X(AdamAmsgrad)
+#define PYREG_SGDS(X) X(Sgd) X(SgdMomentum) X(SgdNesterov)
+#define PYREG_RMSPROPS(X) \
+  X(Rmsprop) X(RmspropMomentum) X(RmspropCentered) X(RmspropCenteredMomentum)
+#define PYREG_UPDATES(X) PYREG_ADAMS(X) PYREG_SGDS(X) X(AdagradUpdate) PYREG_RMSPROPS(X)
 
 #define PYREG_COUNT(U) +1
 constexpr int kUpdates = 0 PYREG_UPDATES(PYREG_COUNT);

@@ -6,6 +6,8 @@ against a + (-b), of quotients. Some 16 of them lie between a state and the new 
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from cases import STRENGTHS
@@ -180,3 +182,27 @@ def test_float16_weights_that_vanish_count_as_zeros(swept):
         opt = optim.SGD([p], lr=0.5 - 2e-8, regularizer=pyreg.L1(0.0), mode=mode)
         opt.step()
         assert (p.tolist(), opt.last_zeros) == ([0.0] * 5, 5)
+
+
+@pytest.mark.parametrize("mode", ["grad", "prox", None])
+@pytest.mark.parametrize(("name", "options"), MINIMIZE)
+def test_what_is_not_finite_stays_so(swept, name, options, mode):
+    """Every pair of these weights and gradients, against torch's: infinite or NaN, and where not,
+    the same within a float32's 16 roundings."""
+    inf, nan = math.inf, math.nan
+    w = torch.tensor([1.0, -2.0, 0.0, -0.0, inf, -inf, nan, 1e-30])
+    g = torch.tensor([0.0, 1.0, -1.0, inf, -inf, nan, 1e-30])
+    pair = []
+    for module in (optim, torch.optim):
+        p = nn.Parameter(w.repeat_interleave(len(g)))
+        p.grad = g.repeat(len(w))
+        if mode is None:
+            opt = getattr(module, name)([p], **options)
+        elif module is optim:
+            opt = getattr(module, name)([p], **options, regularizer=NET, mode=mode)
+        else:
+            opt = getattr(module, name)([p], **options)
+            pyreg.Regularizer({"w": p}, NET).attach(opt, mode)
+        opt.step()
+        pair.append(opt)
+    same(*pair, 64 * 2**-24, 64 * 2**-24)

@@ -54,7 +54,8 @@ class Fused(Optimizer):
     """The penalty inside an optimizer's step; a mixin before one of torch's optimizers.
 
     Args:
-        regularizer: a Regularizer, or one penalty for every parameter.
+        regularizer: a Regularizer, or one penalty for every parameter (of param groups that are
+            there from the start).
         mode: "grad" adds the penalty's gradient to the loss's; "prox" takes the proximal step after
             the update, in the optimizer's own metric, which makes exact zeros for L1. As in
             `Regularizer.attach`; `regularizer.last_value` holds each rule's value.
@@ -284,7 +285,8 @@ class Fused(Optimizer):
         def named(i: int) -> str:
             everyone = self._named()
             k = next(k for k, (_, p) in enumerate(everyone) if p is tensors[i])
-            return label(k, everyone[k][0])
+            name = everyone[k][0]
+            return label(k) if name == label(k) else label(k, name)
 
         return named
 
