@@ -123,7 +123,8 @@ class Layout {
   // sets: [rows] an update, and which of the sets of numbers is its own: [kNumbers + 3], the last
   // three its metric's numerator, factor and offset. penalised: [rows] 1 or 0. Returns the value,
   // each rule's, and the zeros of penalised weights; or None where a row cannot be visited so: one
-  // shares memory with another, or what lies beside it has other strides or dtypes.
+  // shares memory with another, what lies beside it has other strides or dtypes, or its prox asks
+  // for a metric that is no state's root.
   py::object step(const py::list& tensors, const std::vector<py::list>& states,
                   const std::vector<int>& updates, const std::vector<int>& sets,
                   const std::vector<double>& numbers, const std::string& penalised, bool prox,
@@ -157,7 +158,11 @@ class Layout {
       update.metric.factor = update.numbers[kNumbers + 1];
       update.metric.offset = update.numbers[kNumbers + 2];
       update.metric.float32 = update.float32;
-      if (const int k = kMomentOf[update.update]; k >= 0) update.metric.moment = update.states[k];
+      const int moment = kMomentOf[update.update];
+      if (moment >= 0) update.metric.moment = update.states[moment];
+      const int penalty = table_.penalties()[table_.rows()[i].rule];
+      if (prox && update.penalised && penalty >= kElementary && moment == kOfSeveral)
+        return py::none();
     }
     std::vector<double> sums = make_sums();
     int64_t zeros = 0;
@@ -205,18 +210,24 @@ class Layout {
   Table table_;
 };
 
-// Adds 1 to each of these 0-dim CPU tensors, and returns them as numbers.
-std::vector<double> count(const py::list& steps) {
+// Adds 1 to each of these tensors, and returns them as numbers; or None, and adds nothing, where
+// one is not 0-dim on the CPU, float32 or float64.
+std::optional<std::vector<double>> count(const py::list& steps) {
   TensorReader reader;
-  std::vector<double> counts;
-  counts.reserve(py::len(steps));
+  std::vector<TensorView> views;
+  views.reserve(py::len(steps));
   for (py::handle tensor : steps) {
     const TensorView view = reader.read(tensor.ptr());
-    const bool wide = view.dtype == DType::kFloat64;
-    if (view.ndim != 0 || view.device_type != 1 || (!wide && view.dtype != DType::kFloat32))
-      throw py::value_error("a step is a 0-dim float tensor on the CPU");
-    counts.push_back(wide ? ++*static_cast<double*>(view.data) : ++*static_cast<float*>(view.data));
+    if (view.ndim != 0 || view.device_type != 1 ||
+        (view.dtype != DType::kFloat64 && view.dtype != DType::kFloat32))
+      return {};
+    views.push_back(view);
   }
+  std::vector<double> counts;
+  counts.reserve(views.size());
+  for (const TensorView& view : views)
+    counts.push_back(view.dtype == DType::kFloat64 ? ++*static_cast<double*>(view.data)
+                                                   : ++*static_cast<float*>(view.data));
   return counts;
 }
 

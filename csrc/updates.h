@@ -2,14 +2,15 @@
 //
 // An update has
 //   kStates  how many tensors of state lie beside a weight
-//   kMoment  which of them the optimizer's metric is the root of; -1: the metric is 1
+//   kMoment  which of them the optimizer's metric is the root of; kNoMoment: the metric is 1;
+//            kOfSeveral: only move tells it
 //   move     what the weight loses, from its gradient, or q times that if kRatio; q is the metric.
 //            The states a, b, c are changed in place
 //
 // Numbers come in the compute type: n[0] multiplies the gradient (1 / its scale; negative where the
 // objective is maximized), n[1] the weight beforehand (1 - lr * decay, decoupled decay), n[2] * w
-// joins the gradient (coupled decay). The rest are each update's own. The arithmetic is that of torch.optim's
-// formulas, each operation rounded.
+// joins the gradient (coupled decay). The rest are each update's own. The arithmetic is that of
+// torch.optim's formulas, each operation rounded.
 #pragma once
 
 #include "penalties.h"
@@ -18,10 +19,12 @@ namespace pyreg {
 
 constexpr int kMaxStates = 3;
 constexpr int kNumbers = 9;
+constexpr int kNoMoment = -1, kOfSeveral = -2;
 
 template <class C>
 PYREG_FN C joined(C w, C g, const C* n) {
-  return n[0] * g + n[2] * w;
+  g = n[0] * g;
+  return n[2] == C(0) ? g : g + n[2] * w;  // (w may be infinite)
 }
 
 // m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2; w -= n[6] m / (n[7] sqrt(v) + eps), and with
@@ -46,9 +49,10 @@ struct AdamUpdate {
 // buffer = momentum buffer + (1 - dampening) g; w -= lr times that, or g + momentum buffer.
 template <bool kMomentum, bool kNesterov>
 struct SgdUpdate {
-  static constexpr const char* name =
-      kNesterov ? "sgd nesterov" : kMomentum ? "sgd momentum" : "sgd";
-  static constexpr int kStates = kMomentum ? 1 : 0, kMoment = -1;
+  static constexpr const char* name = kNesterov   ? "sgd nesterov"
+                                      : kMomentum ? "sgd momentum"
+                                                  : "sgd";
+  static constexpr int kStates = kMomentum ? 1 : 0, kMoment = kNoMoment;
   static constexpr bool kRatio = false;
 
   template <class C>
@@ -79,12 +83,12 @@ struct AdagradUpdate {
 // eps), or that in a buffer with momentum. The states are v, the mean, the buffer.
 template <bool kCentered, bool kMomentum>
 struct RmspropUpdate {
-  static constexpr const char* name = kCentered ? kMomentum ? "rmsprop centered momentum"
-                                                            : "rmsprop centered"
-                                      : kMomentum ? "rmsprop momentum"
-                                                  : "rmsprop";
-  // The metric of a centered one is no state's root.
-  static constexpr int kStates = 1 + kCentered + kMomentum, kMoment = kCentered ? -1 : 0;
+  static constexpr const char* name =
+      kCentered   ? kMomentum ? "rmsprop centered momentum" : "rmsprop centered"
+      : kMomentum ? "rmsprop momentum"
+                  : "rmsprop";
+  static constexpr int kStates = 1 + kCentered + kMomentum;
+  static constexpr int kMoment = kCentered ? kOfSeveral : 0;
   static constexpr bool kRatio = !kMomentum;
 
   template <class C>
@@ -115,9 +119,10 @@ PYREG_FN C moved_and_shrunk(C w, C move, C q, C p, const C* strengths) {
   if (!U::kRatio) return ElasticNet::prox_ratio(w - move, p, q, strengths);
   const C k = C(2) * p * strengths[1], t = p * strengths[0], scaled = q * w - move;
   const C side = copy_sign(t, scaled);
-  const C from = k < q ? w : C(0), by = k < q ? k * w + move : -scaled;
-  const C to = from - (by + side) / (q + k);
-  return absolute(scaled) <= t ? C(0) : to;
+  const bool finite = absolute(w) < static_cast<C>(INFINITY);
+  const C from = (k < q) | !finite ? w : C(0), by = k < q ? k * w + move : -scaled;
+  const C top = finite ? by + side : move, bottom = finite ? q + k : q;
+  return absolute(scaled) <= t ? C(0) : from - top / bottom;
 }
 
 using Adam = AdamUpdate<false>;
@@ -129,10 +134,11 @@ using Rmsprop = RmspropUpdate<false, false>;
 using RmspropMomentum = RmspropUpdate<false, true>;
 using RmspropCentered = RmspropUpdate<true, false>;
 using RmspropCenteredMomentum = RmspropUpdate<true, true>;
-#define PYREG_UPDATES(X)                                                          \
-  X(Adam)                                                                         \
-  X(AdamAmsgrad) X(Sgd) X(SgdMomentum) X(SgdNesterov) X(AdagradUpdate) X(Rmsprop) \
-      X(RmspropMomentum) X(RmspropCentered) X(RmspropCenteredMomentum)
+#define PYREG_ADAMS(X) X(Adam) X(AdamAmsgrad)
+#define PYREG_SGDS(X) X(Sgd) X(SgdMomentum) X(SgdNesterov)
+#define PYREG_RMSPROPS(X) \
+  X(Rmsprop) X(RmspropMomentum) X(RmspropCentered) X(RmspropCenteredMomentum)
+#define PYREG_UPDATES(X) PYREG_ADAMS(X) PYREG_SGDS(X) X(AdagradUpdate) PYREG_RMSPROPS(X)
 
 #define PYREG_COUNT(U) +1
 constexpr int kUpdates = 0 PYREG_UPDATES(PYREG_COUNT);

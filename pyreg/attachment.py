@@ -124,10 +124,15 @@ def add_gradients(reg: Regularizer, optimizer: Optimizer) -> None:
     # An optimizer that unscales gradients itself is given the loss scale for the step.
     scale = getattr(optimizer, "grad_scale", None)
     scale = 1.0 if scale is None else scale
-    ascends = {bool(group.get("maximize")) for group in optimizer.param_groups}
-    if len(ascends) > 1:
+    reg._accumulate(-scale if ascends(optimizer) else scale)
+
+
+def ascends(optimizer: Optimizer) -> bool:
+    """Whether it maximizes; raise ValueError where only some param groups do."""
+    found = {bool(group.get("maximize")) for group in optimizer.param_groups}
+    if len(found) > 1:
         raise ValueError("param groups with and without maximize=True: use one optimizer each")
-    reg._accumulate(-scale if ascends == {True} else scale)
+    return found == {True}
 
 
 def metric_of_rows(

@@ -51,6 +51,16 @@ def native():
     module.use_exchange_api(True)
 
 
+@pytest.fixture
+def swept(native, monkeypatch):
+    """A step of pyreg.optim that is not one native sweep fails."""
+
+    def by_torch(*args):
+        raise AssertionError("this step was not one sweep")
+
+    monkeypatch.setattr(pyreg.optim.fused.Fused, "_step_by_torch", by_torch)
+
+
 @pytest.fixture(scope="session")
 def run_python():
     """run_python(code) -> what it prints, from a fresh interpreter with this same pyreg."""

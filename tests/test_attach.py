@@ -489,5 +489,5 @@ def test_a_moment_of_another_shape_names_the_parameter(backend):
     optimizer.state[model[2].weight]["exp_avg_sq"] = torch.ones(3, dtype=torch.float64)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"'2.weight'.*moment is \[3\]"):
-        reg._prox(metric_of_rows(reg._attachment.optimizer, reg._attachment._metric))
+        reg._prox(metric_of_rows(optimizer, METRICS[torch.optim.Adam]))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

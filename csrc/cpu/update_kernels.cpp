@@ -64,17 +64,19 @@ void update(void* w_, const void* g_, void* const* states, int64_t n, const doub
         first[j] = ElasticNet::add<0>(first[j], to, strengths);
         second[j] = ElasticNet::add<1>(second[j], to, strengths);
       }
-      if (kWith != With::kNothing) zero += to == C(0);
+      if (kWith != With::kNothing && kExact) zero += to == C(0);
       z[j] = to;
       if (U::kStates > 0) now0[j] = static_cast<D>(a);
       if (U::kStates > 1) now1[j] = static_cast<D>(b);
       if (U::kStates > 2) now2[j] = static_cast<D>(d);
     }
     narrow(z, m, w + i);
-    if (kWith == With::kProx && !kExact) {  // the sums are those of the rounded weights
+    if (kWith != With::kNothing && !kExact) {  // the rounded weights count
       const C* stored = widen(static_cast<const T*>(w + i), m, w_buffer);
-#pragma omp simd
+#pragma omp simd reduction(+ : zero)
       for (int j = 0; j < m; ++j) {
+        zero += stored[j] == C(0);
+        if (kWith == With::kGradient) continue;
         first[j] = ElasticNet::add<0>(first[j], stored[j], strengths);
         second[j] = ElasticNet::add<1>(second[j], stored[j], strengths);
       }

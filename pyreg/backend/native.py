@@ -145,8 +145,8 @@ class NativeBackend:
         torch.autograd.graph.increment_version(tensors)
         return value, of_rules
 
-    def count(self, counters: list[Tensor]) -> list[float]:
-        """Each of an optimizer's 0-dim step counters, after adding 1 to it."""
+    def count(self, counters: list[Tensor]) -> list[float] | None:
+        """Each of an optimizer's step counters, after adding 1 to it; None if one is no such."""
         return load().count(counters)
 
     def step(

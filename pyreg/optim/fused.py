@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..attachment import add_gradients, metric_of_rows, untraced
+from ..attachment import add_gradients, ascends, metric_of_rows, untraced
 from ..dispatch import choose
-from ..metric import Metric, metric_of
-from ..pack import GradientMismatch, Packs, check_gradient, label
+from ..metric import Metric, check_moment, metric_of
+from ..pack import SWEPT_DTYPES, GradientMismatch, Label, Packs, check_gradient, label
 from ..penalties import L1, Penalty
 from ..regularizer import Regularizer
-from ..sweeps import Value
+from ..sweeps import Value, accumulate, add_values
 
 Mode = Literal["grad", "prox"]
 
@@ -30,13 +32,13 @@ class Rows(NamedTuple):
     new: Sequence[bool]  # whether its state is only made for this step
 
 
-class Numbers(NamedTuple):
-    """What a step does to a row, as csrc/updates.h tells, but for the gradient's factor."""
+class Swept(NamedTuple):
+    """The parameters of a step, and where the penalty is on them."""
 
-    kept: float  # the weight is multiplied by it first
-    joins: float  # times the weight, joins the gradient
-    own: tuple[float, ...]
-    metric: Metric  # without a moment
+    packs: Packs
+    penalised: bytes  # [parameters] 1 or 0
+    left: list[Tensor]  # penalised, and without a gradient
+    packs_left: Packs
 
 
 class _Inside(NamedTuple):
@@ -52,7 +54,8 @@ class Fused(Optimizer):
     """The penalty inside an optimizer's step; a mixin before one of torch's optimizers.
 
     Args:
-        regularizer: a Regularizer, or one penalty for every parameter.
+        regularizer: a Regularizer, or one penalty for every parameter (of param groups that are
+            there from the start).
         mode: "grad" adds the penalty's gradient to the loss's; "prox" takes the proximal step after
             the update, in the optimizer's own metric, which makes exact zeros for L1. As in
             `Regularizer.attach`; `regularizer.last_value` holds each rule's value.
@@ -88,16 +91,16 @@ class Fused(Optimizer):
             raise ValueError("differentiable=True: a step in place has no graph")
         self.regularizer: Regularizer | None = None
         self.mode = mode
-        self._packs: tuple[Any, Packs, bytes] | None = None
-        self._zeros: int | Tensor | None = None
+        self._swept: tuple[Any, Swept] | None = None
+        self._zeros: int | list[Tensor] | None = None  # or of which to count them
         super().__init__(params, *args, **options)
         if isinstance(regularizer, Penalty):
             regularizer = Regularizer(self._named(), regularizer)
         if regularizer is not None:
-            regularizer.join(_Inside(self))
-            self.regularizer = regularizer
             if mode == "grad":
                 regularizer.check_differentiable()
+            regularizer.join(_Inside(self))
+            self.regularizer = regularizer
 
     def detach(self) -> None:
         """Leave the penalty out from now on."""
@@ -105,13 +108,15 @@ class Fused(Optimizer):
             self.regularizer.detach()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"regularizer": self.regularizer, "mode": self.mode, "_packs": None, "_zeros": None}
+        own = {"regularizer": self.regularizer, "mode": self.mode, "_swept": None, "_zeros": None}
         return {**super().__getstate__(), **own}
 
     @property
     def last_zeros(self) -> int | None:
         """How many penalised weights the last step left at exactly 0; None before the first."""
-        return None if self._zeros is None else int(self._zeros)
+        if isinstance(self._zeros, list):
+            self._zeros = sum(int((t == 0).sum()) for t in self._zeros)
+        return self._zeros
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; a closure is called first, and what it returns is returned."""
@@ -131,7 +136,8 @@ class Fused(Optimizer):
         """The name of its update."""
         raise NotImplementedError
 
-    def _numbers(self, group: dict[str, Any], step: float, new: bool) -> Numbers:
+    def _numbers(self, group: dict[str, Any], step: float, new: bool) -> tuple[float, ...]:
+        """Those of csrc/updates.h, but for the gradient's factor."""
         raise NotImplementedError
 
     # And what they share:
@@ -145,119 +151,159 @@ class Fused(Optimizer):
 
     def _take_step(self) -> None:
         scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if overflow is not None and overflow.item():
+        if overflow is not None and bool(overflow):
             return
         reg = self.regularizer
         if reg is not None:
             reg.check_strengths()
-        for i, (name, p) in enumerate(self._named()):
-            if p.grad is not None and p.grad.layout != torch.strided:
-                check_gradient(p.grad, p, label(i, name))
-        if not self._step_in_one_sweep(1.0 if scale is None else float(scale)):
-            self._step_by_torch(scale)
+            if self.mode == "grad":
+                reg.check_differentiable()
+                ascends(self)
+        tensors = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if any(t.grad.layout != torch.strided for t in tensors):
+            self._check(tensors)
+        if not self._step_in_one_sweep(tensors, 1.0 if scale is None else float(scale)):
+            self._step_by_torch(tensors, scale)
         if reg is not None:
             reg.advance()
 
-    def _step_in_one_sweep(self, scale: float) -> bool:
+    def _step_in_one_sweep(self, tensors: list[Tensor], scale: float) -> bool:
         """Take the step, unless it cannot be one sweep."""
-        tensors = [p for _, p in self._named() if p.grad is not None]
-        if not tensors or any(p.device.type != "cpu" for p in tensors):
-            return not tensors
+        if not tensors or any(
+            t.device.type != "cpu" or t.dtype not in SWEPT_DTYPES for t in tensors
+        ):
+            return False
         reg = self.regularizer
         rules = (L1(0.0),) if reg is None else reg._penalties
-        packs, penalised = self._packs_of(tensors, rules)
-        names = {id(p): name for name, p in self._named()}
+        swept = self._swept_of(tensors, rules)
 
         def sweep(current: list[Any]) -> Any:
             backend = choose(current[0]).backend
             if len(current) > 1 or current[0].anchors or not hasattr(backend, "step"):
                 return None
             found, done = [self._rows(group) for group in self.param_groups], None
+            steps = backend.count([counter for rows in found for counter in rows.counters])
             try:
-                done = self._sweep(backend, current[0], tensors, found, penalised, rules, scale)
-            except GradientMismatch:
-                for i, t in enumerate(tensors):
-                    check_gradient(t.grad, t, named(i))
+                if steps is not None:
+                    args = self._arguments(found, steps, scale)
+                    prox = self.mode == "prox"
+                    done = backend.step(
+                        current[0], tensors, *args, swept.penalised, prox, rules, self._sign * scale
+                    )
+            except (GradientMismatch, ValueError):
+                self._check(tensors)
                 raise
             finally:
                 if done is None:
-                    self._forget(found)
+                    self._forget(found, steps is not None)
             return done
 
-        def named(i: int) -> str:
-            return label(i, names[id(tensors[i])])
-
-        done = packs.run(sweep, tensors, named)
+        done = swept.packs.run(sweep, tensors, self._label(tensors))
         if done is None:
             return False
-        value, of_rules, self._zeros = done
         if reg is not None:
-            reg._last = Value.of([(value, of_rules)], packs.value_dtype)
+            value, of_rules, self._zeros = done
+            reg._last = Value.of([(value, of_rules)], swept.packs.value_dtype)
+            if swept.left and self.mode == "grad":
+                reg._last = self._with_left(reg._last, swept, rules)
         return True
 
-    def _packs_of(self, tensors: list[Tensor], rules: Sequence[Penalty]) -> tuple[Packs, bytes]:
-        """The packs of these parameters, and whether each is penalised; kept until they change."""
+    def _with_left(self, value: Value, swept: Swept, rules: Sequence[Penalty]) -> Value:
+        """Those without a gradient count in the value, as `Regularizer.accumulate_` has it."""
+        left, _ = accumulate(swept.packs_left, swept.left, rules, 1.0, self._label(swept.left))
+        dtype = torch.promote_types(value.total.dtype, left.total.dtype)
+        return Value(add_values([value.total, left.total], dtype), value.parts + left.parts)
+
+    def _swept_of(self, tensors: list[Tensor], rules: Sequence[Penalty]) -> Swept:
+        """What was found out about these parameters; kept until they change."""
         group = None if self.regularizer is None else self.regularizer._active()
         key = (group, list(map(id, tensors)))
-        if self._packs is None or self._packs[0] != key:
-            rule_of, penalised, pairs = [0] * len(tensors), bytes(len(tensors)), None
-            if group is not None:
-                row_of = {id(t): i for i, t in enumerate(group.tensors)}
-                rows = [row_of.get(id(t)) for t in tensors]
-                penalised = bytes(i is not None for i in rows)
+        if self._swept is None or self._swept[0] != key:
+            row_of = {} if group is None else {id(t): i for i, t in enumerate(group.tensors)}
+            rows = [row_of.pop(id(t), None) for t in tensors]
+            left = list(row_of.values())
+
+            def packs(rows: Sequence[int | None]) -> Packs:
                 rule_of = [0 if i is None else group.packs.rule_of[i] for i in rows]
-                if (anchors := group.packs.anchors) is not None:
-                    pairs = [(None, None) if i is None else anchors[i] for i in rows]
-            self._packs = key, Packs(tuple(r.name for r in rules), rule_of, pairs), penalised
-        return self._packs[1:]
+                pairs = None if group is None else group.packs.anchors
+                if pairs is not None:
+                    pairs = [(None, None) if i is None else pairs[i] for i in rows]
+                return Packs(tuple(rule.name for rule in rules), rule_of, pairs)
 
-    def _sweep(
-        self,
-        backend: Any,
-        pack: Any,
-        tensors: list[Tensor],
-        found: list[Rows],
-        penalised: bytes,
-        rules: Sequence[Penalty],
-        scale: float,
-    ) -> tuple[float, list[float], int] | None:
-        updates, sets, numbers = [], [], []
+            self._swept = (
+                key,
+                Swept(
+                    packs(rows),
+                    bytes(i is not None for i in rows),
+                    [group.tensors[i] for i in left],
+                    packs(left),
+                ),
+            )
+        return self._swept[1]
+
+    @property
+    def _sign(self) -> float:
+        """What the penalty's gradient is multiplied by, where every group ascends or none."""
+        return -1.0 if self.param_groups[0].get("maximize") else 1.0
+
+    def _arguments(self, found: list[Rows], steps: list[float], scale: float) -> tuple[list, ...]:
+        """The states, updates, sets and numbers of a native step."""
+        updates, sets, numbers, counts = [], [], [], iter(steps)
         states: list[list[Tensor | None]] = [[] for _ in range(max(len(r.states) for r in found))]
-        signs = [-1.0 if group.get("maximize") else 1.0 for group in self.param_groups]
-        if len(set(signs)) > 1 and self.regularizer is not None and self.mode == "grad":
-            raise ValueError("param groups with and without maximize=True: use one optimizer each")
-        for group, rows, sign in zip(self.param_groups, found, signs, strict=True):
-            update, of = self._update(group), {}
-            steps = backend.count(rows.counters) or [0.0] * len(rows.params)
-            for key in zip(steps, rows.new or [False] * len(steps), strict=True):
-                if key not in of:
-                    of[key] = len(numbers)
-                    kept, joins, own, metric = self._numbers(group, *key)
-                    numbers.append(((sign / scale, kept, joins, *own), metric))
-                sets.append(of[key])
-            updates += [update] * len(rows.params)
+        for group, rows in zip(self.param_groups, found, strict=True):
+            of: dict[tuple[float, bool], int] = {}
+            sign, number = -1.0 if group.get("maximize") else 1.0, len(rows.params)
+            own = list(islice(counts, len(rows.counters))) or [0.0] * number
+            for step, new in zip(own, rows.new or [False] * number, strict=True):
+                if (step, new) not in of:
+                    of[step, new] = len(numbers)
+                    row = (sign / scale, *self._numbers(group, step, new))
+                    numbers.append((row, self._metric(group, step)))
+                sets.append(of[step, new])
+            updates += [self._update(group)] * number
             for k, state in enumerate(states):
-                state += rows.states[k] if k < len(rows.states) else [None] * len(rows.params)
-        prox = self.mode == "prox"
-        return backend.step(
-            pack, tensors, states, updates, sets, numbers, penalised, prox, rules, signs[0] * scale
-        )
+                state += rows.states[k] if k < len(rows.states) else [None] * number
+        return states, updates, sets, numbers
 
-    def _forget(self, found: list[Rows]) -> None:
+    def _metric(self, group: dict[str, Any], step: float) -> Metric:
+        """Without its moment, which the sweep knows."""
+        if self.regularizer is None or self.mode == "grad":
+            return Metric(None, 0.0)
+        of_no_state = defaultdict(lambda: None, step=step)
+        return metric_of(self)({**group, "centered": False}, of_no_state)
+
+    def _check(self, tensors: list[Tensor]) -> None:
+        """Raise, naming it, if a parameter has a gradient or a state that cannot be its own."""
+        named = self._label(tensors)
+        for i, t in enumerate(tensors):
+            check_gradient(t.grad, t, named(i))
+            for kind, state in self.state.get(t, {}).items():
+                if isinstance(state, Tensor) and kind != "step":
+                    check_moment(Metric(state, 0.0), t, named(i))
+
+    def _label(self, tensors: list[Tensor]) -> Label:
+        def named(i: int) -> str:
+            everyone = self._named()
+            k = next(k for k, (_, p) in enumerate(everyone) if p is tensors[i])
+            name = everyone[k][0]
+            return label(k) if name == label(k) else label(k, name)
+
+        return named
+
+    def _forget(self, found: list[Rows], counted: bool) -> None:
         """Undo what was done for a sweep that did not happen."""
         for rows in found:
-            if rows.counters:
+            if rows.counters and counted:
                 torch._foreach_sub_(rows.counters, 1)
             for p, new in zip(rows.params, rows.new, strict=False):
                 if new:
                     self.state.pop(p)
 
-    def _step_by_torch(self, scale: Tensor | float | None) -> None:
+    def _step_by_torch(self, tensors: list[Tensor], scale: Tensor | float | None) -> None:
         """torch's own step, and the penalty beside it as `Regularizer.attach` has it."""
         reg = self.regularizer
-        if scale is not None:
-            grads = [p.grad for _, p in self._named() if p.grad is not None]
-            torch._foreach_div_(grads, float(scale))
+        if scale is not None and tensors:
+            torch._foreach_div_([t.grad for t in tensors], float(scale))
         # They are unscaled now, and this step is not skipped.
         scaler = {k: self.__dict__.pop(k) for k in ("grad_scale", "found_inf") if hasattr(self, k)}
         try:
@@ -269,8 +315,7 @@ class Fused(Optimizer):
         if reg is not None and self.mode == "prox":
             reg._prox(metric_of_rows(self, metric_of(self)))
         if reg is not None:
-            penalised = [t for _, t in reg.trainable() if t.grad is not None]
-            self._zeros = sum((t == 0).sum().to("cpu") for t in penalised)
+            self._zeros = [t for _, t in reg.trainable() if t.grad is not None]
 
 
 @untraced

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..metric import Metric
-from .fused import Fused, Numbers, Rows
+from .fused import Fused, Rows
 
 
 def _doc(of: str) -> str:
@@ -26,17 +25,13 @@ class _Adam(Fused):
     def _update(self, group: dict[str, Any]) -> str:
         return "adam amsgrad" if group["amsgrad"] else "adam"
 
-    def _numbers(self, group: dict[str, Any], step: float, new: bool) -> Numbers:
+    def _numbers(self, group: dict[str, Any], step: float, new: bool) -> tuple[float, ...]:
         lr, decay, eps = float(group["lr"]), group["weight_decay"], group["eps"]
         beta1, beta2 = map(float, group["betas"])
         decoupled = isinstance(self, AdamW) or group.get("decoupled_weight_decay", False)
-        correction = (1 - beta2**step) ** -0.5
-        return Numbers(
-            1 - lr * decay if decoupled else 1.0,
-            0.0 if decoupled else decay,
-            (1 - beta1, beta2, 1 - beta2, lr / (1 - beta1**step), correction, eps),
-            Metric(None, lr, correction, eps),
-        )
+        kept, joins = (1 - lr * decay, 0.0) if decoupled else (1.0, decay)
+        move, root = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
+        return kept, joins, 1 - beta1, beta2, 1 - beta2, move, root, eps
 
 
 class Adam(_Adam, torch.optim.Adam):
@@ -72,11 +67,9 @@ class SGD(Fused, torch.optim.SGD):
             return "sgd"
         return "sgd nesterov" if group["nesterov"] else "sgd momentum"
 
-    def _numbers(self, group: dict[str, Any], step: float, new: bool) -> Numbers:
-        lr, momentum = float(group["lr"]), float(group["momentum"])
+    def _numbers(self, group: dict[str, Any], step: float, new: bool) -> tuple[float, ...]:
         joined = 1.0 if new else 1 - group["dampening"]
-        gain = (1 - group["dampening"]) / (1 - momentum) if momentum else 1.0
-        return Numbers(1.0, group["weight_decay"], (lr, momentum, joined), Metric(None, lr * gain))
+        return 1.0, group["weight_decay"], float(group["lr"]), float(group["momentum"]), joined
 
 
 class Adagrad(Fused, torch.optim.Adagrad):
@@ -91,10 +84,9 @@ class Adagrad(Fused, torch.optim.Adagrad):
     def _update(self, group: dict[str, Any]) -> str:
         return "adagrad"
 
-    def _numbers(self, group: dict[str, Any], step: float, new: bool) -> Numbers:
+    def _numbers(self, group: dict[str, Any], step: float, new: bool) -> tuple[float, ...]:
         eta = float(group["lr"]) / (1 + (step - 1) * group["lr_decay"])
-        metric = Metric(None, eta, 1.0, group["eps"])
-        return Numbers(1.0, group["weight_decay"], (eta, group["eps"]), metric)
+        return 1.0, group["weight_decay"], eta, group["eps"]
 
 
 class RMSprop(Fused, torch.optim.RMSprop):
@@ -111,8 +103,7 @@ class RMSprop(Fused, torch.optim.RMSprop):
         centered = " centered" if group["centered"] else ""
         return f"rmsprop{centered}" + (" momentum" if group["momentum"] > 0 else "")
 
-    def _numbers(self, group: dict[str, Any], step: float, new: bool) -> Numbers:
-        lr, alpha, eps = float(group["lr"]), group["alpha"], group["eps"]
-        momentum = group["momentum"]
-        metric = Metric(None, lr / (1 - momentum), 1.0, eps)
-        return Numbers(1.0, group["weight_decay"], (lr, alpha, 1 - alpha, eps, momentum), metric)
+    def _numbers(self, group: dict[str, Any], step: float, new: bool) -> tuple[float, ...]:
+        lr, alpha = float(group["lr"]), group["alpha"]
+        own = lr, alpha, 1 - alpha, group["eps"], group["momentum"]
+        return 1.0, group["weight_decay"], *own
