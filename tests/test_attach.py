@@ -422,6 +422,34 @@ def test_detach(backend):
     assert not torch.equal(model[0].weight, before["0.weight"])
 
 
+@pytest.mark.parametrize("mode", ["grad", "prox"])
+def test_an_average_of_the_weights(backend, mode):
+    """It follows the penalised weights, and is never penalised itself, made before or after."""
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
+    before = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average)
+    reg = pyreg.Regularizer(model, NET)
+    reg.attach(optimizer, mode)
+    after = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average)
+    expected = None
+    for _ in range(4):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        before.update_parameters(model)
+        after.update_parameters(model)
+        now = [p.detach().clone() for p in model.parameters()]
+        expected = (
+            now if expected is None else [(e + p) / 2 for e, p in zip(expected, now, strict=True)]
+        )
+    for copies in (before, after):
+        for p, e in zip(copies.module.parameters(), expected, strict=True):
+            torch.testing.assert_close(p.detach(), e, rtol=1e-14, atol=1e-14)
+            assert p.grad is None
+    assert len(reg.trainable()) == len(expected)
+
+
 def test_what_cannot_be_attached():
     model = net()
     reg = pyreg.Regularizer(model, NET)
