@@ -189,6 +189,7 @@ ps = [torch.nn.Parameter(torch.ones(8_000_000)) for _ in range(2)]
 for p in ps:
     p.grad = torch.zeros_like(p)
 layout = _native.Layout(ps, [0, 0], ["l1"])
+layout.accumulate(ps, [1.0, 0.0], 1.0, 2)  # a first call looks torch's functions up
 ran = threading.Event()
 go = threading.Event()
 thread = threading.Thread(target=lambda: (go.wait(), ran.set()))
