@@ -67,8 +67,7 @@ class Attachment:
         self.reg, self.optimizer, self.mode = reg, optimizer, mode
         check_held(reg, optimizer)
         self._coupling = coupling
-        for group in optimizer.param_groups:
-            _rate(coupling, group)
+        self._check_rates()
         if mode == "grad":
             reg.check_differentiable()
             self._handles = [optimizer.register_step_pre_hook(untraced(self._before))]
@@ -76,13 +75,23 @@ class Attachment:
             self._metric = identity if metric == "identity" else metric_of(optimizer)
             # A schedule must not fail when the weights have moved already.
             self._handles = [
-                optimizer.register_step_pre_hook(untraced(lambda *_: reg.check_strengths())),
+                optimizer.register_step_pre_hook(untraced(self._check)),
                 optimizer.register_step_post_hook(untraced(self._after)),
             ]
 
     def detach(self) -> None:
         for handle in self._handles:
             handle.remove()
+        self.reg.release(self)
+
+    def _check(self, *_: Any) -> None:
+        self.reg.check_strengths()
+        self._check_rates()
+
+    def _check_rates(self) -> None:
+        if self._coupling == "schedule":
+            for group in self.optimizer.param_groups:
+                _rate(self._coupling, group)
 
     def _before(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> Any:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -101,11 +110,17 @@ class Attachment:
 
     def _add(self) -> None:
         add_gradients(self.reg, self.optimizer)
-        self.reg.advance()
+        self._count()
 
     def _after(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
         self.reg._prox(metric_of_rows(self.optimizer, self._metric, self._coupling))
-        self.reg.advance()
+        self._count()
+
+    def _count(self) -> None:
+        """Unless the optimizer skips the step itself, which on a GPU nobody waits to know."""
+        skipped = getattr(self.optimizer, "found_inf", None)
+        if skipped is None or skipped.device.type != "cpu" or not skipped.item():
+            self.reg.advance()
 
 
 def check_held(reg: Regularizer, optimizer: Optimizer) -> None:

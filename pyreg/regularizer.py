@@ -194,7 +194,9 @@ class Regularizer:
         "none": 1, whatever the learning rate: for L1 and D = 1, every step takes lam off.
 
         Each param group's own lr counts; a step that a GradScaler skips changes nothing, and a
-        parameter without a gradient is left alone. `last_value` then holds the latest values. Not
+        parameter without a gradient is left alone. (Where a fused optimizer skips it on a GPU, a
+        schedule counts it: nobody waits to know.) A copy of the regularizer is not attached.
+        `last_value` then holds the latest values. Not
         to be combined with reg() in the loss, which would count twice.
 
         Args:
@@ -237,12 +239,22 @@ class Regularizer:
             self._attachment.detach()
             self._attachment = None
 
+    def release(self, attachment: Attachment) -> None:
+        """Forget an attachment that ended."""
+        if self._attachment is attachment:
+            self._attachment = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: they are not attached, as optimizers' hooks are not copied."""
+        attached = isinstance(self._attachment, Attachment)
+        return {**self.__dict__, "_attachment": None if attached else self._attachment}
+
     @property
     def last_value(self) -> dict[str, Tensor] | None:
         """{pattern: value} of each rule in the last `accumulate_` or attached step, for logging.
 
         0-dim tensors like the value, on its device: nothing waits for it. A prox's are those of
-        the new weights. None before the first.
+        the new weights that the step moved. None before the first.
         """
         if self._last is None:
             return None

@@ -450,6 +450,78 @@ def test_an_average_of_the_weights(backend, mode):
     assert len(reg.trainable()) == len(expected)
 
 
+def test_an_attachment_that_ends_by_itself():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    reg = pyreg.Regularizer(model, NET)
+    reg.attach(optimizer).detach()
+    reg.attach(optimizer)
+
+
+@pytest.mark.parametrize("mode", ["grad", "prox"])
+def test_a_copy_is_not_attached(mode):
+    """As torch does not copy an optimizer's hooks; it can be attached anew."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    reg = pyreg.Regularizer(model, NET)
+    reg.attach(optimizer, mode)
+    model, optimizer, reg = copy.deepcopy((model, optimizer, reg))
+    reg.attach(optimizer, mode)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    before = copy.deepcopy(model.state_dict())
+    optimizer.step()
+    assert reg.step == 1
+    assert all(not torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("mode", ["grad", "prox"])
+def test_a_skipped_step_is_not_counted(mode, fused):
+    model = net().float()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
+    reg = pyreg.Regularizer(model, pyreg.L1(pyreg.schedules.Linear(0.0, 1.0, 4)))
+    reg.attach(optimizer, mode)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for factor in (1.0, math.inf, 1.0):
+        optimizer.zero_grad()
+        (scaler.scale(model(torch.ones(2, 5)).sum()) * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert reg.step == 2
+
+
+def test_a_rate_that_cannot_be_is_refused_before_the_step():
+    model = net()
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    reg = pyreg.Regularizer(model, {"0.*": pyreg.L1(0.1)})
+    reg.attach(optimizer, "prox", coupling="schedule")
+    optimizer.add_param_group({"params": list(model[2].parameters()), "lr": 0.0})
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="initial_lr is 0"):
+        optimizer.step()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_an_optimizer_without_a_learning_rate():
+    class Own(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {})
+
+        def step(self, closure=None):
+            pass
+
+    model = net()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer = Own(model.parameters())
+    pyreg.Regularizer(model, NET).attach(optimizer)
+    optimizer.step()
+    assert all(p.grad.any() for p in model.parameters())
+
+
 def test_what_cannot_be_attached():
     model = net()
     reg = pyreg.Regularizer(model, NET)
