@@ -155,7 +155,8 @@ def install(check: Check, wheels: Path | None, work: Path, architecture: str) ->
     # Not into build/ here, where modules of another day would be packed up with these.
     (work / "build.cfg").write_text(f"[build]\nbuild_base = {work / 'build'}\n")
     check.environment["DIST_EXTRA_CONFIG"] = str(work / "build.cfg")
-    check.run("build", 150, [*pip, "--no-build-isolation", "--target", str(site), str(ROOT)])
+    # (Two cores compile for every architecture in some two minutes, a GPU machine for its own.)
+    check.run("build", 300, [*pip, "--no-build-isolation", "--target", str(site), str(ROOT)])
 
 
 def sanitize(check: Check, tool: str, python: list[str]) -> None:
