@@ -10,7 +10,7 @@ import importlib.metadata as _metadata
 
 from . import optim, priors, schedules
 from .dispatch import BackendError, backends, use_backend
-from .functional import elastic_net, l1, l2, penalty
+from .functional import closed_form, elastic_net, l1, l2, penalty
 from .penalties import (
     L0,
     L1,
@@ -22,7 +22,6 @@ from .penalties import (
     LHalf,
     LogSum,
     Penalty,
-    closed_form,
 )
 from .regularizer import Regularizer
 

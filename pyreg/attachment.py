@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .metric import Metric, identity, metric_of
+from .metric import Metric, gain, identity, metric_of
 
 if TYPE_CHECKING:
     from .regularizer import Regularizer
@@ -43,10 +43,12 @@ class Attachment:
     def __init__(
         self, reg: Regularizer, optimizer: Optimizer, mode: Mode, metric: str, coupling: Coupling
     ) -> None:
-        if not hasattr(optimizer, "register_step_pre_hook"):
+        if isinstance(optimizer, type) or not hasattr(optimizer, "register_step_pre_hook"):
+            got = optimizer if isinstance(optimizer, type) else type(optimizer)
+            what = "the class itself" if got is optimizer else got.__name__
             raise TypeError(
                 "optimizer: expected a torch.optim.Optimizer or one with the same step hooks, got "
-                f"{type(optimizer).__name__}"
+                f"{what}"
             )
         if mode not in ("grad", "prox"):
             raise ValueError(f"mode: expected 'grad' or 'prox', got {mode!r}")
@@ -67,12 +69,12 @@ class Attachment:
         self.reg, self.optimizer, self.mode = reg, optimizer, mode
         check_held(reg, optimizer)
         self._coupling = coupling
-        self._check_rates()
+        self._metric = identity if metric == "identity" or mode == "grad" else metric_of(optimizer)
+        self._check_groups()
         if mode == "grad":
             reg.check_differentiable()
             self._handles = [optimizer.register_step_pre_hook(untraced(self._before))]
         else:
-            self._metric = identity if metric == "identity" else metric_of(optimizer)
             # A schedule must not fail when the weights have moved already.
             self._handles = [
                 optimizer.register_step_pre_hook(untraced(self._check)),
@@ -86,12 +88,15 @@ class Attachment:
 
     def _check(self, *_: Any) -> None:
         self.reg.check_strengths()
-        self._check_rates()
+        self.reg.check_anchors()
+        self._check_groups()
 
-    def _check_rates(self) -> None:
-        if self._coupling == "schedule":
-            for group in self.optimizer.param_groups:
+    def _check_groups(self) -> None:
+        for group in self.optimizer.param_groups:
+            if self._coupling == "schedule":
                 _rate(self._coupling, group)
+            if self._metric is not identity:
+                gain(group)
 
     def _before(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> Any:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -186,7 +191,8 @@ def _rate(coupling: Coupling, group: dict[str, Any]) -> float | Tensor:
     if coupling == "none":
         return 1.0
     # Where torch's own schedulers keep it: so it is saved and loaded with the optimizer.
-    first = group.setdefault("initial_lr", lr.clone() if isinstance(lr, Tensor) else lr)
+    first = group.get("initial_lr", lr)
     if not (isinstance(first, Tensor) and first.device.type != "cpu") and first == 0:
         raise ValueError("coupling='schedule': a param group's initial_lr is 0")
+    first = group.setdefault("initial_lr", lr.clone() if isinstance(lr, Tensor) else lr)
     return lr / first

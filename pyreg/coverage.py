@@ -129,7 +129,7 @@ class Coverage:
 
 
 def report_rules(
-    coverage: Coverage, rules: Mapping[str, Penalty], gradients: bool
+    coverage: Coverage, rules: Mapping[str, Penalty], gradients: bool, include_frozen: bool
 ) -> list[RuleReport]:
     """Each rule's share and, with `gradients`, the norm of its gradient, tensor by tensor."""
     whole = max(sum(row.tensor.numel() for row in coverage.rows), 1)
@@ -141,6 +141,8 @@ def report_rules(
         if gradients and FORMULAS[penalty.name].grad is not None:
             squares = 0.0
             for row in rows:
+                if not (row.tensor.requires_grad or include_frozen):
+                    continue
                 w = row.tensor.detach()
                 g = penalty.of(row.name, *row.aliases).grad(w.to(compute_dtype(w.dtype)))
                 squares += g.double().square().sum().item()

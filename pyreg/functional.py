@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from . import autograd, ops
+from . import autograd, ops, sweeps
 from .dispatch import requested
-from .pack import Params, collect, packs_for
+from .metric import Metric
+from .pack import Packs, Params, check, check_pair, collect, packs_for
 from .penalties import L1, L2, ElasticNet, Penalty
-from .reference import Strength
+from .reference import Strength, compute_dtype
 
 
 def penalty(params: Params, penalty: Penalty) -> Tensor:
@@ -71,3 +74,69 @@ def l2(params: Params, lam: Strength) -> Tensor:
 def elastic_net(params: Params, l1: Strength, l2: Strength) -> Tensor:
     """l1 * sum |w| + l2 * sum w^2 over all params, differentiable, in one sweep; see `penalty`."""
     return penalty(params, ElasticNet(l1, l2))
+
+
+def closed_form(
+    w_star: Tensor | Sequence[Tensor],
+    hessian_diag: float | Tensor | Sequence[Tensor],
+    penalty: Penalty,
+) -> Tensor | list[Tensor]:
+    """argmin_w 1/2 sum h_i (w_i - w*_i)^2 + Omega(w), the penalised minimum of a quadratic loss
+
+    with minimum w* and diagonal Hessian h: the proximal step with a step 1 / h_i per element. For
+    L1(a) it is sign(w*) max(|w*| - a / h, 0), for L2(a / 2) it is h w* / (h + a). One sweep over
+    all tensors, in place on copies: reads 2 N, writes N.
+
+    Args:
+        w_star: where the loss alone is least: a tensor of any shape, or a sequence of them.
+        hessian_diag: the loss's second derivatives there, > 0: a tensor that broadcasts to
+            `w_star`, or a sequence of one for each; or one number for all.
+        penalty: any penalty. An anchor or weights must be a tensor, and so must `w_star` then.
+
+    Returns:
+        New tensors of the shapes and dtypes of `w_star`, without a graph; a list for a sequence.
+
+    Raises:
+        ValueError: a second derivative that is not a number > 0, or does not broadcast (by name).
+        TypeError: what is no tensor.
+    """
+    alone = isinstance(w_star, Tensor)
+    minima = [w_star] if alone else list(w_star)
+    many = isinstance(hessian_diag, Sequence)
+    curvatures = list(hessian_diag) if many else [hessian_diag] * len(minima)
+    if len(curvatures) != len(minima):
+        raise ValueError(
+            f"hessian_diag: expected {len(minima)} tensors, like w_star, got {len(curvatures)}"
+        )
+    if penalty.is_anchored and not alone:
+        raise TypeError(f"penalty: {penalty!r} has an anchor or weights: take one tensor at a time")
+
+    def label(i: int) -> str:
+        return "w_star" if alone else f"w_star[{i}]"
+
+    def metric(i: int) -> Metric:
+        w, where = minima[i], f"hessian_diag[{i}]" if many else "hessian_diag"
+        check(w, label(i))
+        h = torch.as_tensor(curvatures[i], dtype=compute_dtype(w.dtype), device=w.device).detach()
+        if not (h > 0).all():
+            bad = h[~(h > 0)][0].item()
+            raise ValueError(f"{where}: expected numbers > 0, got {bad}")
+        try:
+            h = h.expand(w.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"{where}: {list(h.shape)} does not broadcast to {list(w.shape)} of {label(i)}"
+            ) from None
+        return Metric(torch.empty_like(w, dtype=h.dtype).copy_(h), 1.0, root=False)
+
+    metrics = [metric(i) for i in range(len(minima))]
+    if not minima:
+        return []
+    pairs = None
+    if penalty.is_anchored:
+        pairs = [penalty._beside(w_star)]
+        check_pair(pairs[0], w_star, "w_star")
+    found = [w.detach().clone() for w in minima]
+    packs = Packs((penalty.name,), [0] * len(found), pairs)
+    sweeps.prox_in_metric(packs, found, metrics, (penalty,), label)
+    return found[0] if alone else found

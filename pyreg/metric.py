@@ -38,10 +38,26 @@ def identity(group: dict[str, Any], state: dict[str, Any]) -> Metric:
     return Metric(None, _number(group["lr"]))
 
 
+def gain(group: dict[str, Any]) -> float:
+    """What momentum makes of a steady gradient: (1 - dampening) / (1 - momentum).
+
+    Raises:
+        ValueError: it grows without bound, or is negative.
+    """
+    momentum, dampening = group.get("momentum", 0), group.get("dampening", 0)
+    if not momentum:
+        return 1.0
+    if not (momentum < 1 and dampening <= 1):
+        raise ValueError(
+            f"momentum={momentum:g}, dampening={dampening:g}: no steady step, so no metric; take "
+            "momentum < 1 and dampening <= 1, or metric='identity'"
+        )
+    return (1 - dampening) / (1 - momentum)
+
+
 def sgd(group: dict[str, Any], state: dict[str, Any]) -> Metric:
     """D = 1, eta = lr (1 - dampening) / (1 - momentum): what a steady gradient is multiplied by."""
-    gain = (1 - group["dampening"]) / (1 - group["momentum"]) if group["momentum"] else 1.0
-    return Metric(None, _number(group["lr"]) * gain)
+    return Metric(None, _number(group["lr"]) * gain(group))
 
 
 def adam(group: dict[str, Any], state: dict[str, Any]) -> Metric:
@@ -84,7 +100,7 @@ def rmsprop(group: dict[str, Any], state: dict[str, Any]) -> Metric:
     v = state["square_avg"]
     if group["centered"]:
         v = torch.addcmul(v, state["grad_avg"], state["grad_avg"], value=-1)
-    return Metric(v, _number(group["lr"]) / (1 - group["momentum"]), 1.0, group["eps"])
+    return Metric(v, _number(group["lr"]) * gain(group), 1.0, group["eps"])
 
 
 def adamax(group: dict[str, Any], state: dict[str, Any]) -> Metric:

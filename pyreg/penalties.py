@@ -54,6 +54,18 @@ def check_strength(name: str, s: Strength, above: float | None = None) -> Streng
     return s
 
 
+def check_weight(weight: Tensor, dtype: torch.dtype, name: str) -> None:
+    """Raise ValueError unless every element is a finite number >= 0 in that dtype's compute dtype.
+
+    Waits for the device. Under torch.compile, and where there is no memory, nothing is looked at.
+    """
+    if torch.compiler.is_compiling() or weight.device.type == "meta":
+        return
+    w = weight.detach().to(reference.compute_dtype(dtype))
+    if not ((w >= 0) & w.isfinite()).all():
+        raise ValueError(f"{name}: has elements that are not finite numbers >= 0")
+
+
 def _as_float(name: str, x: Real) -> float:
     try:
         return float(x)
@@ -237,6 +249,8 @@ class Penalty:
                     f"{type(self).__name__}.{kind} is a mapping: take the penalty of one parameter "
                     "with .of(name), or give it to a Regularizer, which knows the names"
                 )
+        if self.weight is not None:
+            check_weight(self.weight, w.dtype, f"{type(self).__name__}.weight")
         return self.anchor, self.weight
 
     def value(self, w: Tensor) -> Tensor:
@@ -433,30 +447,6 @@ class SCAD(Penalty, above={"a": 2.0}):
     name = "scad"
     lam: Strength
     a: Strength
-
-
-def closed_form(w_star: Tensor, hessian_diag: Tensor, penalty: Penalty) -> Tensor:
-    """argmin_w 1/2 sum h_i (w_i - w*_i)^2 + Omega(w), the penalised minimum of a quadratic loss
-
-    with minimum w* and diagonal Hessian h: the proximal step with a step 1 / h_i per element. For
-    L1(a) it is sign(w*) max(|w*| - a / h, 0), for L2(a / 2) it is h w* / (h + a).
-
-    Args:
-        w_star: where the loss alone is least; any shape.
-        hessian_diag: the loss's second derivatives there, > 0; broadcasts to `w_star`.
-        penalty: any penalty.
-
-    Returns:
-        Shape and dtype of `w_star`.
-
-    Raises:
-        ValueError: a second derivative that is not a number > 0.
-    """
-    if not (hessian_diag > 0).all():
-        raise ValueError(
-            f"hessian_diag: expected numbers > 0, got {hessian_diag[~(hessian_diag > 0)][0].item()}"
-        )
-    return penalty.prox(w_star, 1 / hessian_diag)
 
 
 def stack_strengths(

@@ -8,6 +8,7 @@ that is a sum, n = 1.)
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 
 from .penalties import L1, L2, check_strength
@@ -22,7 +23,7 @@ def laplace(scale: float, n: int) -> L1:
         scale: the weights' mean |w|, > 0.
         n: how many samples the loss is a mean of, > 0.
     """
-    return L1(1 / (_positive("n", n) * _positive("scale", scale)))
+    return L1(_inverse(_positive("n", n) * _positive("scale", scale)))
 
 
 def gaussian(std: float, n: int) -> L2:
@@ -34,10 +35,15 @@ def gaussian(std: float, n: int) -> L2:
         std: the weights' standard deviation, > 0.
         n: how many samples the loss is a mean of, > 0.
     """
-    return L2(1 / (2 * _positive("n", n) * _positive("std", std) ** 2))
+    return L2(_inverse(2 * _positive("n", n) * _positive("std", std) * std))
 
 
 def _positive(name: str, x: Real) -> float:
     if (x := check_strength(name, x)) == 0:
         raise ValueError(f"{name}: expected a number > 0, got {x!r}")
     return x
+
+
+def _inverse(x: float) -> float:
+    """1 / x; infinity, which no strength may be, where x is too small for that."""
+    return 1 / x if x else math.inf

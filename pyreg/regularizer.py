@@ -22,8 +22,8 @@ from .penalties import (
     check_scale,
     check_strength,
     check_strengths,
+    check_weight,
 )
-from .reference import compute_dtype
 from .stats import Stats
 
 
@@ -283,18 +283,25 @@ class Regularizer:
         """Go on from a `state_dict()`: the step, and strengths that are tensors, in place.
 
         Raises:
-            ValueError: it is of other rules; nothing was changed then.
+            ValueError, TypeError: it is of other rules, or holds what cannot be a step or a
+                strength; nothing was changed then.
         """
-        own, saved = self.state_dict()["strengths"], state["strengths"]
+        own, saved, step = self.state_dict()["strengths"], state["strengths"], state["step"]
         if {p: set(own[p]) for p in own} != {p: set(saved[p]) for p in saved}:
             raise ValueError(
                 f"state_dict of other rules: expected tensors {_names(own)}, got {_names(saved)}"
             )
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise ValueError(f"state_dict: expected a step >= 0, got {step!r}")
         with torch.no_grad():
-            for pattern, names in saved.items():
-                for name, number in names.items():
-                    getattr(self.rules[pattern], name).copy_(number)
-        self.step = int(state["step"])
+            found = [
+                (getattr(self.rules[pattern], name), self.rules[pattern]._check(name, number))
+                for pattern, names in saved.items()
+                for name, number in names.items()
+            ]
+            for own_tensor, number in found:
+                own_tensor.copy_(torch.as_tensor(number))
+        self.step = step
 
     @property
     def _penalties(self) -> tuple[Penalty, ...]:
@@ -316,6 +323,12 @@ class Regularizer:
     def check_strengths(self) -> None:
         """Raise ValueError or TypeError if a strength is bad by now: a schedule's, or a tensor."""
         check_strengths(self._penalties)
+
+    def check_anchors(self) -> None:
+        """Raise, naming the parameter, if an anchor or weight cannot be its by now."""
+        group = self._active()
+        for i, pair in enumerate(group.packs.anchors or ()):
+            check_pair(pair, group.tensors[i], group.label(i))
 
     def _accumulate(self, scale: float | Tensor, create_grads: bool = False) -> tuple[Tensor, int]:
         """The value, and how many gradients were added to."""
@@ -376,7 +389,7 @@ class Regularizer:
             lines.append(f"{len(pack.rows)} tensors on {pack.device}: {backend.name}{because}")
         now = dict(zip(self.rules, self._penalties, strict=True))
         found = self._coverage
-        rules = report_rules(found, now, gradients)
+        rules = report_rules(found, now, gradients, self.include_frozen)
         return Coverage(found.rows, found.unmatched, rules, lines, clip)
 
     def __repr__(self) -> str:
@@ -457,11 +470,8 @@ def _pair(rule: Penalty, row: Covered, label: str) -> Pair:
             f"{label}: rule {row.rule!r} has no {kind} for it; give it one, or a rule of its own"
         ) from None
     check_pair(beside, row.tensor, label)
-    weight = beside[1]
-    if weight is not None and weight.device.type != "meta":
-        in_compute_dtype = weight.detach().to(compute_dtype(row.tensor.dtype))
-        if not ((in_compute_dtype >= 0) & in_compute_dtype.isfinite()).all():
-            raise ValueError(f"{label}: its weight has elements that are not finite numbers >= 0")
+    if (weight := beside[1]) is not None:
+        check_weight(weight, row.tensor.dtype, f"{label}: its weight")
     return beside
 
 

@@ -169,6 +169,54 @@ def test_closed_form_of_a_quadratic_model():
             pyreg.closed_form(w, torch.tensor([1.0, bad, 1.0, 1.0]), pyreg.L1(a))
 
 
+@pytest.mark.parametrize("penalty", [pyreg.L1(0.2), pyreg.ElasticNet(0.2, 0.1), pyreg.SCAD(0.2, 3)])
+def test_closed_forms_of_many_tensors(backend, penalty):
+    """One sweep over all, on copies; a Hessian broadcasts, and is in the compute dtype."""
+    torch.manual_seed(0)
+    w = [torch.randn(7, 5).t(), torch.randn(3).bfloat16(), torch.randn(4).double().requires_grad_()]
+    h = [torch.rand(5, 1) + 0.5, torch.rand(3).double() + 0.5, 0.3]
+    kept = [t.detach().clone() for t in w]
+    found = pyreg.closed_form(w, h, penalty)
+    for i, (u, at, hessian) in enumerate(zip(found, w, h, strict=True)):
+        expected = penalty.prox(
+            at.detach().double(), 1 / torch.as_tensor(hessian, dtype=torch.float64)
+        )
+        eps = torch.finfo(at.dtype).eps
+        torch.testing.assert_close(u.double(), expected, rtol=eps, atol=4 * eps)
+        assert u.dtype == at.dtype
+        assert not u.requires_grad
+        assert torch.equal(at, kept[i])
+        if not isinstance(hessian, float):
+            assert torch.equal(u, pyreg.closed_form(at, hessian, penalty))
+    assert pyreg.closed_form([], 1.0, penalty) == []
+    anchored = type(penalty)(*penalty.strengths, anchor=torch.ones(3, dtype=torch.bfloat16))
+    moved = pyreg.closed_form(w[1], 0.5, anchored)
+    torch.testing.assert_close(moved, anchored.prox(w[1], 2.0))
+
+
+def test_closed_forms_that_are_refused():
+    w = [torch.ones(3), torch.ones(2, 2)]
+    with pytest.raises(
+        ValueError, match=r"hessian_diag\[1\]: \[3\] does not broadcast to \[2, 2\]"
+    ):
+        pyreg.closed_form(w, [torch.ones(3), torch.ones(3)], pyreg.L1(0.1))
+    with pytest.raises(ValueError, match="expected 2 tensors, like w_star, got 1"):
+        pyreg.closed_form(w, [torch.ones(3)], pyreg.L1(0.1))
+    with pytest.raises(TypeError, match=r"w_star\[0\]: expected a floating tensor, got int64"):
+        pyreg.closed_form([torch.ones(3, dtype=torch.long)], 1.0, pyreg.L1(0.1))
+    with pytest.raises(TypeError, match="take one tensor at a time"):
+        pyreg.closed_form(w, 1.0, pyreg.L1(0.1, anchor=torch.ones(3)))
+
+
+def test_a_weight_that_cannot_be(backend):
+    w = torch.ones(3)
+    for bad in (-1.0, math.nan, math.inf):
+        rule = pyreg.L1(0.1, weight=torch.tensor([1.0, bad, 1.0]))
+        for run in (rule.value, rule.grad, lambda t, rule=rule: rule.prox(t, 0.1)):
+            with pytest.raises(ValueError, match=r"L1.weight: has elements that are not finite"):
+                run(w)
+
+
 def test_priors():
     """-log p(w) / n of independent weights, up to a constant, by torch's own distributions."""
     w = torch.tensor([0.5, -2.0], dtype=torch.float64)
@@ -181,6 +229,8 @@ def test_priors():
         torch.testing.assert_close(prior.value(w), expected, rtol=1e-14, atol=0)
     with pytest.raises(ValueError, match="scale: expected a number > 0"):
         pyreg.priors.laplace(0, 50)
+    with pytest.raises(ValueError, match=r"L2\.lam: expected a finite number >= 0, got inf"):
+        pyreg.priors.gaussian(1e-200, 50)
     with pytest.raises(ValueError, match="n: expected a finite number >= 0, got -1"):
         pyreg.priors.gaussian(1.0, -1)
 

@@ -46,6 +46,11 @@ def test_the_norm_of_the_penaltys_gradient():
         f"|gradient| of the penalty: {math.hypot(l1, l2):.3g}; gradients are clipped to 0.5" in text
     )
     assert "warning" not in text
+    net[0].weight.requires_grad_(False)
+    frozen = pyreg.Regularizer(net, rules).report(gradients=True).rules[0]
+    assert (frozen.frozen, frozen.gradient_norm) == (1, 0.0)
+    every = pyreg.Regularizer(net, rules, include_frozen=True).report(gradients=True)
+    assert every.rules[0].gradient_norm == l1
 
 
 @pytest.mark.parametrize("strength", [1e-4, 1e-2])
