@@ -124,17 +124,22 @@ class Layout {
   // three its metric's numerator, factor and offset. penalised: [rows] 1 or 0. Returns the value,
   // each rule's, and the zeros of penalised weights; or None where a row cannot be visited so: one
   // shares memory with another, what lies beside it has other strides or dtypes, or its prox asks
-  // for a metric that is no state's root.
+  // for a metric that is no state's root. masters: nothing, or for each row its master weights in
+  // float32 or None. keys: nothing, or for each row what its random roundings begin with, or None
+  // where it is rounded to nearest.
   py::object step(const py::list& tensors, const std::vector<py::list>& states,
                   const std::vector<int>& updates, const std::vector<int>& sets,
                   const std::vector<double>& numbers, const std::string& penalised, bool prox,
-                  const std::vector<double>& strengths, double scale, int threads) {
+                  const std::vector<double>& strengths, double scale, int threads,
+                  const py::list& masters, const std::vector<std::optional<uint32_t>>& keys) {
     check_strengths(strengths);
     const size_t rows = table_.rows().size();
     constexpr size_t kSet = kNumbers + 3;
     if (updates.size() != rows || sets.size() != rows || penalised.size() != rows ||
-        states.size() > kMaxStates)
-      throw py::value_error("one update, set and flag per tensor");
+        states.size() > kMaxStates || (!keys.empty() && keys.size() != rows))
+      throw py::value_error("one update, set, flag and key per tensor");
+    if (py::len(masters) != 0 && py::len(masters) != rows)
+      throw py::value_error("one master per tensor");
     for (const py::list& state : states)
       if (py::len(state) != rows) throw py::value_error("one state per tensor");
     TensorReader reader;
@@ -150,6 +155,19 @@ class Layout {
       if (update.update < 0 || update.update >= kUpdates || (set + 1) * kSet > numbers.size())
         throw py::value_error("no such update or set of numbers");
       if (!look_.states(i, states, reader, update.states, update.float32)) return py::none();
+      if (py::len(masters) != 0 && !look_.master(i, masters, reader, &update.master))
+        return py::none();
+      if (!keys.empty() && keys[i]) {
+        update.at_random = true;
+        update.key = *keys[i];
+      }
+      if (update.master != nullptr || update.at_random) {  // in float32 throughout
+        const DType dtype = table_.rows()[i].dtype;
+        if (kStatesOf[update.update] == 0) update.float32 = true;
+        if (!update.float32 || item_size(dtype) != 2) return py::none();
+        if (update.at_random && (dtype != DType::kBFloat16 || update.master != nullptr))
+          return py::none();
+      }
       for (int k = 0; k < kStatesOf[update.update]; ++k)
         if (update.states[k] == nullptr && table_.rows()[i].numel > 0)
           throw py::value_error("row " + std::to_string(i) + ": a state is missing");
@@ -306,7 +324,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("require_grad", &pyreg::require_grad, py::arg("tensors"));
   m.def("count", &pyreg::count, py::arg("steps"));
   m.def("unchanged", &pyreg::unchanged, py::arg("slots"));
-  py::class_<Layout>(m, "Layout")
+  py::class_<Layout>(m, "Layout", py::module_local())
       .def(py::init<const py::list&, const std::vector<int>&, const std::vector<std::string>&,
                     pyreg::Pairs>(),
            py::arg("tensors"), py::arg("rule_of"), py::arg("penalties"),
@@ -322,14 +340,16 @@ PYBIND11_MODULE(_native, m) {
            py::arg("numbers"), py::arg("root"), py::arg("strengths"), py::arg("threads"))
       .def("step", &Layout::step, py::arg("tensors"), py::arg("states"), py::arg("updates"),
            py::arg("sets"), py::arg("numbers"), py::arg("penalised"), py::arg("prox"),
-           py::arg("strengths"), py::arg("scale"), py::arg("threads"))
+           py::arg("strengths"), py::arg("scale"), py::arg("threads"),
+           py::arg("masters") = py::list(),
+           py::arg("keys") = std::vector<std::optional<uint32_t>>{})
       .def("stats", &Layout::stats, py::arg("tensors"), py::arg("threads"));
-  py::class_<Shown>(m, "Shown")
+  py::class_<Shown>(m, "Shown", py::module_local())
       .def_property_readonly("tensors", [](const Shown& s) { return pyreg::as_bytes(s.w); })
       .def_property_readonly("gradients", [](const Shown& s) { return pyreg::as_bytes(s.g); })
       .def_readonly("present", &Shown::present)
       .def_readonly("others", &Shown::others);
-  py::class_<Look>(m, "Look")
+  py::class_<Look>(m, "Look", py::module_local())
       .def(py::init(&pyreg::look_at), py::arg("tensors"), py::arg("anchors") = pyreg::Pairs{})
       .def("tensors", &pyreg::tensors, py::arg("tensors"))
       .def("separate_tensors", &pyreg::separate_tensors, py::arg("tensors"))

@@ -53,6 +53,23 @@ PYREG_FN BFloat16 to_bfloat16(float f) {
 #endif
 }
 
+// 32 bits in which each of x's counts. Source: Wellons (2018), hash-prospector, "lowbias32".
+PYREG_FN uint32_t scrambled(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+// Away from zero or towards it, the nearer one the likelier, so that its mean is f; what is
+// representable stays. The bits are those of a row's key and the element's place in it.
+PYREG_FN BFloat16 to_bfloat16_at_random(float f, uint32_t key, int64_t element) {
+  const uint32_t low = static_cast<uint32_t>(element), high = static_cast<uint32_t>(element >> 32);
+  const uint32_t random = scrambled(low ^ key ^ (high * 0x9e3779b9u)) & 0xffffu;
+  const uint32_t b = as_bits(f), rounded = (b + random) >> 16;
+  const bool finite = (b & 0x7f800000u) != 0x7f800000u;
+  return finite ? BFloat16{static_cast<uint16_t>(rounded)} : to_bfloat16(f);
+}
+
 PYREG_FN float to_float(Float16 x) {
 #if defined(__CUDA_ARCH__)
   float y;

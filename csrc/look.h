@@ -109,6 +109,7 @@ class Look {
         weights_(rule_of.size()),
         gradients_(rule_of.size()),
         states_(kMaxStates, Places(rule_of.size())),
+        masters_(rule_of.size()),
         origins_(rule_of.size()),
         masses_(rule_of.size()) {
     if (rule_of.size() != pybind11::len(tensors))
@@ -206,6 +207,15 @@ class Look {
     }
     float32 = kind.value_or(false);
     return fine;
+  }
+
+  // Where masters[i] lies, the float32 weights of tensors[i], or None; false: as above.
+  bool master(size_t i, const pybind11::list& masters, TensorReader& reader, void** pointer) {
+    PyObject* const tensor = PyList_GET_ITEM(masters.ptr(), i);
+    if (tensor == Py_None) return true;
+    const auto found = moment(i, tensor, reader, masters_);
+    if (found) *pointer = found->first;
+    return found && found->second;
   }
 
   // Where the anchors are now, if there are any: tensors of their row's shape and strides, in any
@@ -391,6 +401,7 @@ class Look {
   std::vector<Anchor> anchors_;  // [pairs] their dtypes, without addresses
   Places weights_, gradients_;
   std::vector<Places> states_;
+  Places masters_;
   Places origins_, masses_;
 };
 

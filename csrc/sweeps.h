@@ -29,6 +29,11 @@ struct Update {
   int update = 0;        // of updates.h
   bool float32 = false;  // the states' dtype: float32, or else the row's own
   bool penalised = false;
+  // A 16-bit row whose states are float32 may be stepped in float32 throughout: its weights are the
+  // master's, and the row their rounded copy; or they are the row's (bfloat16), rounded at random.
+  void* master = nullptr;
+  bool at_random = false;
+  uint32_t key = 0;  // where that begins
   void* states[kMaxStates] = {};
   const double* numbers = nullptr;  // [kNumbers]
   Metric metric;                    // whose moment is one of the states
@@ -73,8 +78,8 @@ void prox_in_metric(const Table& table, void* const* w, const Metric* metrics,
 
 // An optimizer's step on each row, and the penalty's gradient before it, or its prox after it, in
 // the same visit: reads w, g and the states, writes w and the states. The sums are those of w
-// before a gradient, or after a prox. Rows with a null w are left out. Returns the zeros of the new
-// w in penalised rows.
+// before a gradient, or after a prox; in a step in float32, before w is rounded. Rows with a null w
+// are left out. Returns the zeros of the new w in penalised rows.
 int64_t step(const Table& table, void* const* w, const void* const* g, const Update* updates,
              bool prox, const double* strengths, double scale, double* sums, int threads);
 

@@ -245,6 +245,26 @@ int64_t zeros(const void* w_, int64_t n) {
   return count;
 }
 
+// A 16-bit dtype and float32, all elements at once: for steps in float32.
+template <class T>
+void widen_all(const void* x_, int64_t n, float* y) {
+  const T* x = static_cast<const T*>(x_);
+  for (int64_t i = 0; i < n; i += kLanes) widen(x + i, at_most(n - i, kLanes), y + i);
+}
+template <class T>
+void narrow_all(const float* x, int64_t n, void* y_) {
+  T* y = static_cast<T*>(y_);
+  for (int64_t i = 0; i < n; i += kLanes) narrow(x + i, at_most(n - i, kLanes), y + i);
+}
+void narrow_at_random(const float* x, int64_t begin, int64_t n, uint32_t key, void* y_) {
+  BFloat16* y = static_cast<BFloat16*>(y_);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int m = at_most(n - i, kLanes);
+#pragma omp simd
+    for (int j = 0; j < m; ++j) y[i + j] = to_bfloat16_at_random(x[i + j], key, begin + i + j);
+  }
+}
+
 // Anchored penalties: the drivers widen, subtract, weigh and add back; the maths comes by pointer.
 // (Kernels of their own for each penalty and dtype would double the library.)
 
@@ -439,7 +459,10 @@ const Kernels kernels = {
     {anchored<float>(), anchored<double>(), anchored<BFloat16>(), anchored<Float16>()},
     {stats<float>, stats<double>, stats<BFloat16>, stats<Float16>},
     updates,
-    {zeros<float>, zeros<double>, zeros<BFloat16>, zeros<Float16>}};
+    {zeros<float>, zeros<double>, zeros<BFloat16>, zeros<Float16>},
+    {nullptr, nullptr, widen_all<BFloat16>, widen_all<Float16>},
+    {nullptr, nullptr, narrow_all<BFloat16>, narrow_all<Float16>},
+    narrow_at_random};
 #undef PYREG_ROW
 
 }  // namespace pyreg::cpu::PYREG_ISA

@@ -63,6 +63,11 @@ struct Kernels {
   void (*stats[kDTypes])(const void* w, int64_t n, Stats* stats);
   const UpdateKernels (*updates)[kDTypes];  // [kUpdates]
   int64_t (*zeros[kDTypes])(const void* w, int64_t n);
+  // Elements of a 16-bit dtype as float32, and back: rounded to nearest, or, to bfloat16, at
+  // random.
+  void (*widen[kDTypes])(const void* x, int64_t n, float* y);
+  void (*narrow[kDTypes])(const float* x, int64_t n, void* y);
+  void (*narrow_at_random)(const float* x, int64_t begin, int64_t n, uint32_t key, void* y);
 };
 
 }  // namespace pyreg::cpu

@@ -301,47 +301,62 @@ int64_t step(const Table& table, void* const* w, const void* const* g, const Upd
   for_each_segment(table, threads, [&](int64_t segment, const Row& row, const Span& span) {
     if (w[span.row] == nullptr) return;
     const Update& update = updates[span.row];
-    const int dtype = static_cast<int>(row.dtype), penalty = penalty_of(table, row);
-    const auto& kernel = kernels.updates[update.update][dtype].step[update.float32];
+    const bool wide = update.master != nullptr || update.at_random;
+    const int own = static_cast<int>(row.dtype), penalty = penalty_of(table, row);
+    const int dtype = wide ? static_cast<int>(DType::kFloat32) : own;
+    const bool float32 = update.float32 && !wide;  // and not what the kernels' own dtype is
+    const auto& kernel = kernels.updates[update.update][dtype].step[float32];
+    const PenaltyKernels& of_penalty = kernels.penalty[penalty][dtype];
     const size_t state_bytes = update.float32 ? sizeof(float) : item_size(row.dtype);
     const double* c = strengths + row.rule * kMaxStrengths;
     double* into = partials + segment * kMaxSums;
     alignas(64) char with_gradient[kChunk * sizeof(double)];
+    alignas(64) float wide_weights[kChunk], wide_gradient[kChunk];
     int64_t zero = 0;
     for (int64_t at = span.begin; at < span.end; at += kChunk) {
       const int64_t n = std::min<int64_t>(kChunk, span.end - at);
       void* weights = offset(w[span.row], row, at);
       const void* gradient = offset(g[span.row], row, at);
+      void* const stored = weights;
+      if (wide) {
+        kernels.widen[own](gradient, n, wide_gradient);
+        gradient = wide_gradient;
+        if (update.master == nullptr) kernels.widen[own](weights, n, wide_weights);
+        weights = update.master == nullptr ? wide_weights : static_cast<float*>(update.master) + at;
+      }
       void* states[kMaxStates];
       for (int k = 0; k < kMaxStates; ++k)
         states[k] = static_cast<char*>(update.states[k]) + at * state_bytes;
       Metric metric = update.metric;
+      metric.float32 = float32;
       if (metric.moment != nullptr)
         metric.moment = static_cast<const char*>(metric.moment) + at * state_bytes;
       if (!update.penalised) {
         kernel[0](weights, gradient, states, n, update.numbers, {});
-        continue;
-      }
-      if (penalty < kElementary) {
+      } else if (penalty < kElementary) {
         Joined joined = as_elastic_net(penalty, c);
-        double own[2] = {};
+        double found[2] = {};
         joined.by = prox ? metric.numerator : scale;
-        joined.sums = own;
+        joined.sums = found;
         joined.zeros = &zero;
         kernel[prox ? 2 : 1](weights, gradient, states, n, update.numbers, joined);
-        add_sums(penalty, own, into);
-        continue;
+        add_sums(penalty, found, into);
+      } else {  // its kernels come before or after: they find the chunk in the cache
+        if (!prox) {
+          std::memcpy(with_gradient, gradient, n * item_size(static_cast<DType>(dtype)));
+          gradient = with_gradient;
+          of_penalty.accumulate(weights, with_gradient, n, c, scale, into);
+        }
+        kernel[0](weights, gradient, states, n, update.numbers, {});
+        if (prox) of_penalty.prox_in_metric[float32](weights, metric.moment, n, c, metric, into);
+        zero += kernels.zeros[dtype](weights, n);
       }
-      // Other penalties' kernels come before or after: they find the chunk in the cache.
-      const PenaltyKernels& own = kernels_for(kernels, table, row);
-      if (!prox) {
-        std::memcpy(with_gradient, gradient, n * item_size(row.dtype));
-        gradient = with_gradient;
-        own.accumulate(weights, with_gradient, n, c, scale, into);
-      }
-      kernel[0](weights, gradient, states, n, update.numbers, {});
-      if (prox) own.prox_in_metric[metric.float32](weights, metric.moment, n, c, metric, into);
-      zero += kernels.zeros[dtype](weights, n);
+      if (!wide) continue;
+      const float* result = static_cast<const float*>(weights);
+      if (update.at_random)
+        kernels.narrow_at_random(result, at, n, update.key, stored);
+      else
+        kernels.narrow[own](result, n, stored);
     }
     if (update.penalised) zeros += zero;
   });

@@ -161,6 +161,8 @@ class NativeBackend:
         prox: bool,
         rules: Sequence[Penalty],
         scale: float,
+        masters: Sequence[Tensor | None] = (),
+        keys: Sequence[int | None] = (),
     ) -> tuple[float, list[float], int] | None:
         """An optimizer's step on every row, and the penalty's gradient or prox in it.
 
@@ -170,6 +172,9 @@ class NativeBackend:
             sets: [rows] which of the `numbers` are a row's own.
             penalised: [rows] 1 or 0.
             scale: what the penalty's gradient is multiplied by.
+            masters: nothing, or [rows] the float32 weights that a 16-bit row is the rounded copy
+                of, or None.
+            keys: nothing, or [rows] where the random roundings of a bfloat16 row begin, or None.
 
         Returns:
             The value, each rule's, and how many penalised weights are 0 now; None where it cannot
@@ -192,6 +197,8 @@ class NativeBackend:
             prox,
             self._strengths(rules),
             scale,
+            masters=list(masters),
+            keys=list(keys),
         )
         if done is not None:
             torch.autograd.graph.increment_version(tensors)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -18,7 +18,18 @@ from ..metric import Metric, check_moment, metric_of
 from ..pack import SWEPT_DTYPES, GradientMismatch, Label, Packs, check_gradient, label
 from ..penalties import L1, Penalty
 from ..regularizer import Regularizer
-from ..sweeps import Value, accumulate, add_values
+from ..sweeps import Value, accumulate, add_values, prox_in_metric
+from .precision import (
+    MASTER,
+    NARROW,
+    Wide,
+    agrees,
+    check_options,
+    is_wide,
+    key_of,
+    stand_ins,
+    widen_states,
+)
 
 Mode = Literal["grad", "prox"]
 
@@ -60,14 +71,28 @@ class Fused(Optimizer):
             the update, in the optimizer's own metric, which makes exact zeros for L1. As in
             `Regularizer.attach`; `regularizer.last_value` holds each rule's value.
 
+        state_dtype: torch.float32 keeps the states of bfloat16 and float16 parameters in float32;
+            None in the parameters' own dtype, as torch does.
+        master_weights: keep such parameters in float32 too (`state[p]["master_param"]`); p is their
+            rounded copy, and the penalty, its value and its zeros are the master weights'.
+        stochastic_rounding: instead, round new bfloat16 weights up or down at random, the nearer
+            the likelier, so that what is too small for one step is not lost on average. The value
+            and the zeros are of the weights before they are rounded.
+        seed: of that; a run with the same seed has the same bits, resumed or not.
+
+    These four may differ between param groups. Master weights and stochastic rounding have float32
+    states; a step's arithmetic is float32 throughout.
+
     The other arguments, the state and `state_dict()` are torch's; a regularizer has a state_dict of
     its own. A step is one sweep where all parameters are dense CPU tensors without anchors; it then
     leaves `.grad` as it is, and `foreach`, `fused` and `capturable` have no meaning.
 
     Raises:
         ValueError: an unknown mode; a regularizer that is attached already, or over a parameter
-            (named) that the optimizer does not hold; `differentiable=True`.
-        TypeError: a regularizer that is none.
+            (named) that the optimizer does not hold; `differentiable=True`; master weights and
+            stochastic rounding at once, or the latter for float16. In a step: master weights that
+            disagree with their parameter (named), which was changed or loaded without them.
+        TypeError: a regularizer that is none; a seed that is no integer.
         RuntimeError: mode="grad" and a penalty that has no gradient (L0).
     """
 
@@ -80,6 +105,10 @@ class Fused(Optimizer):
         *args: Any,
         regularizer: Regularizer | Penalty | None = None,
         mode: Mode = "grad",
+        state_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
         **options: Any,
     ) -> None:
         if mode not in ("grad", "prox"):
@@ -93,7 +122,18 @@ class Fused(Optimizer):
         self.mode = mode
         self._swept: tuple[Any, Swept] | None = None
         self._zeros: int | list[Tensor] | None = None  # or of which to count them
+        self._agreed: dict[Tensor, int] = {}  # versions of parameters that masters agreed with
         super().__init__(params, *args, **options)
+        wide = {
+            "state_dtype": state_dtype,
+            "master_weights": master_weights,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
+        }
+        self._precision = {k: x for k, x in wide.items() if x}
+        self.defaults.update(self._precision)
+        for group in self.param_groups:
+            self._set_precision(group)
         if isinstance(regularizer, Penalty):
             regularizer = Regularizer(self._named(), regularizer)
         if regularizer is not None:
@@ -109,7 +149,29 @@ class Fused(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"regularizer": self.regularizer, "mode": self.mode, "_swept": None, "_zeros": None}
+        own |= {"_precision": self._precision, "_agreed": {}}
         return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            self._set_precision(group)
+
+    def _set_precision(self, group: dict[str, Any]) -> None:
+        for option, x in self._precision.items():
+            group.setdefault(option, x)
+        check_options(group, self._named())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """torch's, which makes states of the parameters' dtypes; float32 ones stay that here."""
+        super().load_state_dict(state_dict)
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [(p, group) for group in self.param_groups for p in group["params"]]
+        for i, (p, group) in zip(saved, params, strict=True):
+            for kind, s in state_dict["state"].get(i, {}).items():
+                own = self.state[p].get(kind)
+                if is_wide(group) and isinstance(own, Tensor) and own.dtype in NARROW:
+                    self.state[p][kind] = s.detach().to(p.device, copy=True)
 
     @property
     def last_zeros(self) -> int | None:
@@ -160,20 +222,69 @@ class Fused(Optimizer):
                 reg.check_differentiable()
                 ascends(self)
         tensors = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        wide = self._wide(tensors)
         if any(t.grad.layout != torch.strided for t in tensors):
             self._check(tensors)
-        if not self._step_in_one_sweep(tensors, 1.0 if scale is None else float(scale)):
-            self._step_by_torch(tensors, scale)
+        if not self._step_in_one_sweep(tensors, wide, 1.0 if scale is None else float(scale)):
+            self._step_by_torch(tensors, wide, scale)
+        for row in wide:
+            self._agreed[row.param] = row.param._version
+        for group in self.param_groups:
+            if group.get("stochastic_rounding"):
+                group["steps_rounded"] = group.get("steps_rounded", 0) + 1
         if reg is not None:
             reg.advance()
 
-    def _step_in_one_sweep(self, tensors: list[Tensor], scale: float) -> bool:
+    def _wide(self, tensors: list[Tensor]) -> list[Wide]:
+        """Those of the parameters that are stepped in float32, with what lies beside them.
+
+        Raises ValueError, naming it, if one is not what its master weights are, rounded.
+        """
+        if not any(map(is_wide, self.param_groups)):
+            return []
+        found, index = [], 0
+        for group in self.param_groups:
+            keyed = group.get("stochastic_rounding")
+            for i, p in enumerate(group["params"], index):
+                if p.grad is None or p.dtype not in NARROW or not is_wide(group):
+                    continue
+                key = None
+                if keyed and p.dtype == torch.bfloat16:
+                    key = key_of(group.get("seed", 0), group.get("steps_rounded", 0), i)
+                master = self.state[p].get(MASTER) if p in self.state else None
+                if master is not None and self._agreed.get(p) != p._version:
+                    self._check_master(p, master, tensors)
+                found.append(Wide(p, bool(group.get("master_weights")), key))
+            index += len(group["params"])
+        return found
+
+    def _check_master(self, p: Tensor, master: Tensor, tensors: list[Tensor]) -> None:
+        k = next(k for k, t in enumerate(tensors) if t is p)
+        named = self._label(tensors)(k)
+        check_moment(Metric(master, 0.0), p, named)
+        if not agrees(p, master):
+            raise ValueError(
+                f"{named}: its master weights are not what it is: it was changed, or loaded "
+                f"without them; delete optimizer.state[p][{MASTER!r}] to begin with what it is now"
+            )
+
+    def _rows_of(self, group: dict[str, Any], wide: Mapping[int, Wide]) -> Rows:
+        """The group's rows; what lies beside those stepped in float32 is made that."""
+        rows = self._rows(group)
+        of_group = [wide[id(p)] for p in rows.params if id(p) in wide] if wide else []
+        changed = [widen_states(self.state[row.param]) for row in of_group]
+        for row in of_group:
+            if row.mastered:
+                self.state[row.param].setdefault(MASTER, row.param.detach().float())
+        return self._rows(group)._replace(new=rows.new) if any(changed) else rows
+
+    def _step_in_one_sweep(self, tensors: list[Tensor], wide: list[Wide], scale: float) -> bool:
         """Take the step, unless it cannot be one sweep."""
         if not tensors or any(
             t.device.type != "cpu" or t.dtype not in SWEPT_DTYPES for t in tensors
         ):
             return False
-        reg = self.regularizer
+        reg, of_param = self.regularizer, {id(row.param): row for row in wide}
         rules = (L1(0.0),) if reg is None else reg._penalties
         swept = self._swept_of(tensors, rules)
 
@@ -181,14 +292,27 @@ class Fused(Optimizer):
             backend = choose(current[0]).backend
             if len(current) > 1 or current[0].anchors or not hasattr(backend, "step"):
                 return None
-            found, done = [self._rows(group) for group in self.param_groups], None
+            found, done = [self._rows_of(group, of_param) for group in self.param_groups], None
+            rows, masters, keys = list(map(of_param.get, map(id, tensors))), [], []
+            if any(row.mastered for row in wide):
+                masters = [self.state[r.param][MASTER] if r and r.mastered else None for r in rows]
+            if any(row.key is not None for row in wide):
+                keys = [row and row.key for row in rows]
             steps = backend.count([counter for rows in found for counter in rows.counters])
             try:
                 if steps is not None:
                     args = self._arguments(found, steps, scale)
                     prox = self.mode == "prox"
                     done = backend.step(
-                        current[0], tensors, *args, swept.penalised, prox, rules, self._sign * scale
+                        current[0],
+                        tensors,
+                        *args,
+                        swept.penalised,
+                        prox,
+                        rules,
+                        self._sign * scale,
+                        masters,
+                        keys,
                     )
             except (GradientMismatch, ValueError):
                 self._check(tensors)
@@ -299,23 +423,65 @@ class Fused(Optimizer):
                 if new:
                     self.state.pop(p)
 
-    def _step_by_torch(self, tensors: list[Tensor], scale: Tensor | float | None) -> None:
+    def _step_by_torch(
+        self, tensors: list[Tensor], wide: list[Wide], scale: Tensor | float | None
+    ) -> None:
         """torch's own step, and the penalty beside it as `Regularizer.attach` has it."""
         reg = self.regularizer
-        if scale is not None and tensors:
-            torch._foreach_div_([t.grad for t in tensors], float(scale))
         # They are unscaled now, and this step is not skipped.
         scaler = {k: self.__dict__.pop(k) for k in ("grad_scale", "found_inf") if hasattr(self, k)}
         try:
-            if reg is not None and self.mode == "grad":
-                add_gradients(reg, self)
-            inspect.unwrap(self._torch.step)(self)
+            with stand_ins(self, wide) as standing:
+                if scale is not None and tensors:
+                    grads = [standing.get(id(t), t).grad for t in tensors]
+                    torch._foreach_div_(grads, float(scale))
+                if reg is not None and self.mode == "grad":
+                    self._add_gradients(standing)
+                inspect.unwrap(self._torch.step)(self)
+                if reg is not None and self.mode == "prox":
+                    self._prox(standing)
         finally:
             self.__dict__.update(scaler)
-        if reg is not None and self.mode == "prox":
-            reg._prox(metric_of_rows(self, metric_of(self)))
         if reg is not None:
-            self._zeros = [t for _, t in reg.trainable() if t.grad is not None]
+            of = {id(row.param): self.state[row.param][MASTER] for row in wide if row.mastered}
+            self._zeros = [of.get(id(t), t) for _, t in reg.trainable() if t.grad is not None]
+
+    def _add_gradients(self, standing: Mapping[int, Tensor]) -> None:
+        """The penalty's, to those of the stand-ins too."""
+        reg, sign = self.regularizer, self._sign
+        if not standing:
+            add_gradients(reg, self)
+            return
+        group = reg._active()
+        packs = Packs(group.packs.penalties, group.packs.rule_of, group.packs.anchors)
+        instead = [standing.get(id(t), t) for t in group.tensors]
+        reg._last, _ = accumulate(packs, instead, reg._penalties, sign, group.label)
+
+    def _prox(self, standing: Mapping[int, Tensor]) -> None:
+        """The penalty's, of the stand-ins too."""
+        reg, metric = self.regularizer, metric_of_rows(self, metric_of(self))
+        if not standing:
+            reg._prox(metric)
+            return
+        group = reg._active()
+        instead = [standing.get(id(t), t) for t in group.tensors]
+        metrics = list(map(metric, instead))
+        moved = [i for i, m in enumerate(metrics) if m is not None]
+        if not moved:
+            return
+        rule_of, anchors = group.packs.rule_of, group.packs.anchors
+        packs = Packs(
+            group.packs.penalties,
+            [rule_of[i] for i in moved],
+            None if anchors is None else [anchors[i] for i in moved],
+        )
+        reg._last = prox_in_metric(
+            packs,
+            [instead[i] for i in moved],
+            [metrics[i] for i in moved],
+            reg._penalties,
+            lambda i: group.label(moved[i]),
+        )
 
 
 @untraced
