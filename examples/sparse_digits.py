@@ -15,7 +15,7 @@ import pyreg
 from pyreg.demo.digits import accuracy, batches, load, network
 
 EPOCHS = 60
-LAM = 1.5e-3  # for a mean loss
+LAM = 3e-3  # for a mean loss
 RATE = 3e-3
 
 

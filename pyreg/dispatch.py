@@ -119,3 +119,14 @@ def choose(pack: Pack) -> Choice:
             return Choice(b, "; ".join(passed))
         passed.append(f"{name}: {why}")
     raise AssertionError("the torch backend refuses nothing")
+
+
+def stepper(pack: Pack) -> Any:
+    """The backend that takes an optimizer's step on a pack in one sweep, or None.
+
+    Native CUDA has no such sweep: Triton's serves its tensors where nobody asked for a backend.
+    """
+    b = choose(pack).backend
+    if not hasattr(b, "step") and requested() == "auto":
+        b = backend("triton", pack.device.type)
+    return b if hasattr(b, "step") and (b.missing() or b.refuses(pack)) is None else None

@@ -35,7 +35,7 @@ class Metric(NamedTuple):
 
 def identity(group: dict[str, Any], state: dict[str, Any]) -> Metric:
     """D = 1: t = lr."""
-    return Metric(None, _number(group["lr"]))
+    return Metric(None, number(group["lr"]))
 
 
 def gain(group: dict[str, Any]) -> float:
@@ -57,19 +57,19 @@ def gain(group: dict[str, Any]) -> float:
 
 def sgd(group: dict[str, Any], state: dict[str, Any]) -> Metric:
     """D = 1, eta = lr (1 - dampening) / (1 - momentum): what a steady gradient is multiplied by."""
-    return Metric(None, _number(group["lr"]) * gain(group))
+    return Metric(None, number(group["lr"]) * gain(group))
 
 
 def adam(group: dict[str, Any], state: dict[str, Any]) -> Metric:
     """D = sqrt(v / (1 - beta2^k)) + eps at step k (v its running maximum with amsgrad)."""
     v = state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"]
-    correction = 1 - group["betas"][1] ** _number(state["step"])
-    return Metric(v, _number(group["lr"]), correction**-0.5, group["eps"])
+    correction = 1 - group["betas"][1] ** number(state["step"])
+    return Metric(v, number(group["lr"]), correction**-0.5, group["eps"])
 
 
 def radam(group: dict[str, Any], state: dict[str, Any]) -> Metric:
     """D = (sqrt(v) + eps) / (r sqrt(1 - beta2^k)) with the rectifier r; 1 in the first steps."""
-    beta2, k, lr = group["betas"][1], _number(state["step"]), _number(group["lr"])
+    beta2, k, lr = group["betas"][1], number(state["step"]), number(group["lr"])
     correction = 1 - beta2**k
     longest = 2 / (1 - beta2) - 1
     length = longest - 2 * k * beta2**k / correction
@@ -87,8 +87,8 @@ def radam(group: dict[str, Any], state: dict[str, Any]) -> Metric:
 
 def adagrad(group: dict[str, Any], state: dict[str, Any]) -> Metric:
     """D = sqrt(sum of squares) + eps, eta = lr / (1 + (k - 1) lr_decay)."""
-    k = _number(state["step"])
-    eta = _number(group["lr"]) / (1 + (k - 1) * group["lr_decay"])
+    k = number(state["step"])
+    eta = number(group["lr"]) / (1 + (k - 1) * group["lr_decay"])
     return Metric(state["sum"], eta, 1.0, group["eps"])
 
 
@@ -100,12 +100,12 @@ def rmsprop(group: dict[str, Any], state: dict[str, Any]) -> Metric:
     v = state["square_avg"]
     if group["centered"]:
         v = torch.addcmul(v, state["grad_avg"], state["grad_avg"], value=-1)
-    return Metric(v, _number(group["lr"]) * gain(group), 1.0, group["eps"])
+    return Metric(v, number(group["lr"]) * gain(group), 1.0, group["eps"])
 
 
 def adamax(group: dict[str, Any], state: dict[str, Any]) -> Metric:
     """D = the infinity norm."""
-    return Metric(state["exp_inf"], _number(group["lr"]), root=False)
+    return Metric(state["exp_inf"], number(group["lr"]), root=False)
 
 
 METRICS: dict[type[Optimizer], Callable[[dict[str, Any], dict[str, Any]], Metric]] = {
@@ -150,6 +150,6 @@ def check_moment(metric: Metric, t: Tensor, name: str) -> None:
         )
 
 
-def _number(x: Number) -> Number:
+def number(x: Number) -> Number:
     """A float, but for a tensor on a GPU, which would have to be waited for."""
     return float(x) if not isinstance(x, Tensor) or x.device.type == "cpu" else x

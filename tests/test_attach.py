@@ -448,7 +448,7 @@ def test_a_metric_waits_for_nothing(monkeypatch, kind):
             state = optimizer.state[p]
             expected = reference.metric_step(*read(group, state), dtype=p.dtype)
             with monkeypatch.context() as patch:
-                patch.setattr(metric, "_number", lambda n: torch.as_tensor(n, dtype=torch.float64))
+                patch.setattr(metric, "number", lambda n: torch.as_tensor(n, dtype=torch.float64))
                 for name in ("item", "__bool__", "__float__", "__int__", "tolist"):
                     patch.setattr(torch.Tensor, name, unreadable)
                 found = reference.metric_step(*read(group, state), dtype=p.dtype)

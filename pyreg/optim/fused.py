@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import islice
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -13,12 +11,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..attachment import add_gradients, ascends, metric_of_rows, untraced
-from ..dispatch import choose
-from ..metric import Metric, check_moment, metric_of
+from ..dispatch import stepper
+from ..metric import Metric, Number, check_moment, metric_of
 from ..pack import SWEPT_DTYPES, GradientMismatch, Label, Packs, check_gradient, label
 from ..penalties import L1, Penalty
 from ..regularizer import Regularizer
 from ..sweeps import Value, accumulate, add_values, prox_in_metric
+from .arguments import Rows, arguments
 from .precision import (
     MASTER,
     NARROW,
@@ -32,15 +31,6 @@ from .precision import (
 )
 
 Mode = Literal["grad", "prox"]
-
-
-class Rows(NamedTuple):
-    """The parameters of a param group that have a gradient, and what lies beside each."""
-
-    params: list[Tensor]
-    states: list[list[Tensor]]  # of each kind of state, in the order of csrc/updates.h
-    counters: list[Tensor]  # how many steps each has seen; empty if nobody counts
-    new: Sequence[bool]  # whether its state is only made for this step
 
 
 class Swept(NamedTuple):
@@ -121,7 +111,7 @@ class Fused(Optimizer):
         self.regularizer: Regularizer | None = None
         self.mode = mode
         self._swept: tuple[Any, Swept] | None = None
-        self._zeros: int | list[Tensor] | None = None  # or of which to count them
+        self._zeros: int | Tensor | list[Tensor] | None = None  # or of which to count them
         self._agreed: dict[Tensor, int] = {}  # versions of parameters that masters agreed with
         super().__init__(params, *args, **options)
         wide = {
@@ -178,6 +168,8 @@ class Fused(Optimizer):
         """How many penalised weights the last step left at exactly 0; None before the first."""
         if isinstance(self._zeros, list):
             self._zeros = sum(int((t == 0).sum()) for t in self._zeros)
+        elif isinstance(self._zeros, Tensor):
+            self._zeros = int(self._zeros)
         return self._zeros
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -198,7 +190,7 @@ class Fused(Optimizer):
         """The name of its update."""
         raise NotImplementedError
 
-    def _numbers(self, group: dict[str, Any], step: float, new: bool) -> tuple[float, ...]:
+    def _numbers(self, group: dict[str, Any], step: Number, new: bool) -> tuple[Number, ...]:
         """Those of csrc/updates.h, but for the gradient's factor."""
         raise NotImplementedError
 
@@ -212,8 +204,7 @@ class Fused(Optimizer):
         return [(name or f"params[{i}]", p) for i, (name, p) in enumerate(named)]
 
     def _take_step(self) -> None:
-        scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if overflow is not None and bool(overflow):
+        if self._skipped("cpu"):
             return
         reg = self.regularizer
         if reg is not None:
@@ -225,8 +216,10 @@ class Fused(Optimizer):
         wide = self._wide(tensors)
         if any(t.grad.layout != torch.strided for t in tensors):
             self._check(tensors)
-        if not self._step_in_one_sweep(tensors, wide, 1.0 if scale is None else float(scale)):
-            self._step_by_torch(tensors, wide, scale)
+        if not self._step_in_one_sweep(tensors, wide):
+            if self._skipped("cuda"):
+                return
+            self._step_by_torch(tensors, wide)
         for row in wide:
             self._agreed[row.param] = row.param._version
         for group in self.param_groups:
@@ -234,6 +227,11 @@ class Fused(Optimizer):
                 group["steps_rounded"] = group.get("steps_rounded", 0) + 1
         if reg is not None:
             reg.advance()
+
+    def _skipped(self, device_type: str) -> bool:
+        """Whether a GradScaler says so; asked of a GPU, this waits for it."""
+        overflow = getattr(self, "found_inf", None)
+        return overflow is not None and overflow.device.type == device_type and bool(overflow)
 
     def _wide(self, tensors: list[Tensor]) -> list[Wide]:
         """Those of the parameters that are stepped in float32, with what lies beside them.
@@ -278,10 +276,10 @@ class Fused(Optimizer):
                 self.state[row.param].setdefault(MASTER, row.param.detach().float())
         return self._rows(group)._replace(new=rows.new) if any(changed) else rows
 
-    def _step_in_one_sweep(self, tensors: list[Tensor], wide: list[Wide], scale: float) -> bool:
+    def _step_in_one_sweep(self, tensors: list[Tensor], wide: list[Wide]) -> bool:
         """Take the step, unless it cannot be one sweep."""
         if not tensors or any(
-            t.device.type != "cpu" or t.dtype not in SWEPT_DTYPES for t in tensors
+            t.device.type not in ("cpu", "cuda") or t.dtype not in SWEPT_DTYPES for t in tensors
         ):
             return False
         reg, of_param = self.regularizer, {id(row.param): row for row in wide}
@@ -289,37 +287,35 @@ class Fused(Optimizer):
         swept = self._swept_of(tensors, rules)
 
         def sweep(current: list[Any]) -> Any:
-            backend = choose(current[0]).backend
-            if len(current) > 1 or current[0].anchors or not hasattr(backend, "step"):
+            backend = None if len(current) > 1 or current[0].anchors else stepper(current[0])
+            if backend is None:
                 return None
             found, done = [self._rows_of(group, of_param) for group in self.param_groups], None
-            rows, masters, keys = list(map(of_param.get, map(id, tensors))), [], []
-            if any(row.mastered for row in wide):
-                masters = [self.state[r.param][MASTER] if r and r.mastered else None for r in rows]
-            if any(row.key is not None for row in wide):
-                keys = [row and row.key for row in rows]
-            steps = backend.count([counter for rows in found for counter in rows.counters])
+            counters, counted = [counter for rows in found for counter in rows.counters], []
             try:
-                if steps is not None:
-                    args = self._arguments(found, steps, scale)
-                    prox = self.mode == "prox"
-                    done = backend.step(
-                        current[0],
-                        tensors,
-                        *args,
-                        swept.penalised,
-                        prox,
-                        rules,
-                        self._sign * scale,
-                        masters,
-                        keys,
-                    )
+                scaler = self._scaler(current[0].device, counters)
+                if scaler is None or (steps := backend.count(counters)) is None:
+                    return None
+                counted, scale = counters, scaler.pop("scale")
+                done = backend.step(
+                    current[0],
+                    tensors,
+                    *arguments(self, found, steps, scale),
+                    swept.penalised,
+                    self.mode == "prox",
+                    rules,
+                    self._sign * scale,
+                    **self._in_float32(tensors, of_param),
+                    **scaler,
+                )
             except (GradientMismatch, ValueError):
                 self._check(tensors)
                 raise
             finally:
                 if done is None:
-                    self._forget(found, steps is not None)
+                    self._forget(found, counted)
+            if counted and "found_inf" in scaler:
+                torch._foreach_sub_(counted, [scaler["found_inf"]] * len(counted))
             return done
 
         done = swept.packs.run(sweep, tensors, self._label(tensors))
@@ -331,6 +327,34 @@ class Fused(Optimizer):
             if swept.left and self.mode == "grad":
                 reg._last = self._with_left(reg._last, swept, rules)
         return True
+
+    def _scaler(self, device: torch.device, counters: list[Tensor]) -> dict[str, Any] | None:
+        """The loss's scale, and what a sweep on a GPU is told so that nobody waits; None: skip it.
+
+        With counters on the CPU one waits: they must not count a step that is skipped.
+        """
+        scale, overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        told: dict[str, Any] = {"scale": 1.0}
+        if scale is not None and scale.device.type == "cpu":
+            told["scale"] = float(scale)
+        elif scale is not None:
+            told["grad_scale"] = scale.to(device)
+        if overflow is None or overflow.device.type == "cpu":
+            return told
+        if any(c.device.type == "cpu" for c in counters):
+            return None if bool(overflow) else told
+        return {**told, "found_inf": overflow.to(device)}
+
+    def _in_float32(self, tensors: list[Tensor], wide: Mapping[int, Wide]) -> dict[str, list[Any]]:
+        """What a sweep is told of those that are stepped in float32."""
+        rows, told = [wide.get(id(t)) for t in tensors] if wide else [], {}
+        if any(row and row.mastered for row in rows):
+            told["masters"] = [
+                self.state[row.param][MASTER] if row and row.mastered else None for row in rows
+            ]
+        if any(row and row.key is not None for row in rows):
+            told["keys"] = [None if row is None else row.key for row in rows]
+        return told
 
     def _with_left(self, value: Value, swept: Swept, rules: Sequence[Penalty]) -> Value:
         """Those without a gradient count in the value, as `Regularizer.accumulate_` has it."""
@@ -370,32 +394,6 @@ class Fused(Optimizer):
         """What the penalty's gradient is multiplied by, where every group ascends or none."""
         return -1.0 if self.param_groups[0].get("maximize") else 1.0
 
-    def _arguments(self, found: list[Rows], steps: list[float], scale: float) -> tuple[list, ...]:
-        """The states, updates, sets and numbers of a native step."""
-        updates, sets, numbers, counts = [], [], [], iter(steps)
-        states: list[list[Tensor | None]] = [[] for _ in range(max(len(r.states) for r in found))]
-        for group, rows in zip(self.param_groups, found, strict=True):
-            of: dict[tuple[float, bool], int] = {}
-            sign, number = -1.0 if group.get("maximize") else 1.0, len(rows.params)
-            own = list(islice(counts, len(rows.counters))) or [0.0] * number
-            for step, new in zip(own, rows.new or [False] * number, strict=True):
-                if (step, new) not in of:
-                    of[step, new] = len(numbers)
-                    row = (sign / scale, *self._numbers(group, step, new))
-                    numbers.append((row, self._metric(group, step)))
-                sets.append(of[step, new])
-            updates += [self._update(group)] * number
-            for k, state in enumerate(states):
-                state += rows.states[k] if k < len(rows.states) else [None] * number
-        return states, updates, sets, numbers
-
-    def _metric(self, group: dict[str, Any], step: float) -> Metric:
-        """Without its moment, which the sweep knows."""
-        if self.regularizer is None or self.mode == "grad":
-            return Metric(None, 0.0)
-        of_no_state = defaultdict(lambda: None, step=step)
-        return metric_of(self)({**group, "centered": False}, of_no_state)
-
     def _check(self, tensors: list[Tensor]) -> None:
         """Raise, naming it, if a parameter has a gradient or a state that cannot be its own."""
         named = self._label(tensors)
@@ -414,20 +412,18 @@ class Fused(Optimizer):
 
         return named
 
-    def _forget(self, found: list[Rows], counted: bool) -> None:
+    def _forget(self, found: list[Rows], counted: list[Tensor]) -> None:
         """Undo what was done for a sweep that did not happen."""
+        if counted:
+            torch._foreach_sub_(counted, 1)
         for rows in found:
-            if rows.counters and counted:
-                torch._foreach_sub_(rows.counters, 1)
             for p, new in zip(rows.params, rows.new, strict=False):
                 if new:
                     self.state.pop(p)
 
-    def _step_by_torch(
-        self, tensors: list[Tensor], wide: list[Wide], scale: Tensor | float | None
-    ) -> None:
+    def _step_by_torch(self, tensors: list[Tensor], wide: list[Wide]) -> None:
         """torch's own step, and the penalty beside it as `Regularizer.attach` has it."""
-        reg = self.regularizer
+        reg, scale = self.regularizer, getattr(self, "grad_scale", None)
         # They are unscaled now, and this step is not skipped.
         scaler = {k: self.__dict__.pop(k) for k in ("grad_scale", "found_inf") if hasattr(self, k)}
         try:

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fused import Fused, Rows
+from ..metric import Number, number
+from .arguments import Rows
+from .fused import Fused
 
 
 def _doc(of: str) -> str:
@@ -25,9 +27,9 @@ class _Adam(Fused):
     def _update(self, group: dict[str, Any]) -> str:
         return "adam amsgrad" if group["amsgrad"] else "adam"
 
-    def _numbers(self, group: dict[str, Any], step: float, new: bool) -> tuple[float, ...]:
-        lr, decay, eps = float(group["lr"]), group["weight_decay"], group["eps"]
-        beta1, beta2 = map(float, group["betas"])
+    def _numbers(self, group: dict[str, Any], step: Number, new: bool) -> tuple[Number, ...]:
+        lr, decay, eps = number(group["lr"]), group["weight_decay"], group["eps"]
+        beta1, beta2 = map(number, group["betas"])
         decoupled = isinstance(self, AdamW) or group.get("decoupled_weight_decay", False)
         kept, joins = (1 - lr * decay, 0.0) if decoupled else (1.0, decay)
         move, root = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
@@ -67,9 +69,9 @@ class SGD(Fused, torch.optim.SGD):
             return "sgd"
         return "sgd nesterov" if group["nesterov"] else "sgd momentum"
 
-    def _numbers(self, group: dict[str, Any], step: float, new: bool) -> tuple[float, ...]:
+    def _numbers(self, group: dict[str, Any], step: Number, new: bool) -> tuple[Number, ...]:
         joined = 1.0 if new else 1 - group["dampening"]
-        return 1.0, group["weight_decay"], float(group["lr"]), float(group["momentum"]), joined
+        return 1.0, group["weight_decay"], number(group["lr"]), number(group["momentum"]), joined
 
 
 class Adagrad(Fused, torch.optim.Adagrad):
@@ -84,8 +86,8 @@ class Adagrad(Fused, torch.optim.Adagrad):
     def _update(self, group: dict[str, Any]) -> str:
         return "adagrad"
 
-    def _numbers(self, group: dict[str, Any], step: float, new: bool) -> tuple[float, ...]:
-        eta = float(group["lr"]) / (1 + (step - 1) * group["lr_decay"])
+    def _numbers(self, group: dict[str, Any], step: Number, new: bool) -> tuple[Number, ...]:
+        eta = number(group["lr"]) / (1 + (step - 1) * group["lr_decay"])
         return 1.0, group["weight_decay"], eta, group["eps"]
 
 
@@ -103,7 +105,7 @@ class RMSprop(Fused, torch.optim.RMSprop):
         centered = " centered" if group["centered"] else ""
         return f"rmsprop{centered}" + (" momentum" if group["momentum"] > 0 else "")
 
-    def _numbers(self, group: dict[str, Any], step: float, new: bool) -> tuple[float, ...]:
-        lr, alpha = float(group["lr"]), group["alpha"]
+    def _numbers(self, group: dict[str, Any], step: Number, new: bool) -> tuple[Number, ...]:
+        lr, alpha = number(group["lr"]), group["alpha"]
         own = lr, alpha, 1 - alpha, group["eps"], group["momentum"]
         return 1.0, group["weight_decay"], *own

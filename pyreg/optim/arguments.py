@@ -1,0 +1,116 @@
+"""What the sweep of a step is told: each parameter's states, update and numbers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..metric import Metric, Number, metric_of
+
+if TYPE_CHECKING:
+    from .fused import Fused
+
+NUMBERS = 9  # of csrc/updates.h
+
+
+class Rows(NamedTuple):
+    """The parameters of a param group that have a gradient, and what lies beside each."""
+
+    params: list[Tensor]
+    states: list[list[Tensor]]  # of each kind of state, in the order of csrc/updates.h
+    counters: list[Tensor]  # how many steps each has seen; empty if nobody counts
+    new: Sequence[bool]  # whether its state is only made for this step
+
+
+class Arguments(NamedTuple):
+    states: list[list[Tensor | None]]  # for each kind of state, [parameters]
+    updates: list[str]  # [parameters]
+    sets: list[int]  # [parameters] which of the numbers are its own
+    numbers: list[tuple[Sequence[float], Metric]] | Tensor  # or float64 [sets, NUMBERS + 3]
+
+
+def arguments(
+    optimizer: Fused, found: list[Rows], steps: list[float] | Tensor, scale: float
+) -> Arguments:
+    """Of one step. `steps`: the counters' numbers, one after the other; a tensor on a GPU.
+
+    Parameters of a group that have seen as many steps share a set of numbers. Where a counter or a
+    learning rate lies on a GPU nobody waits for it: there the numbers are computed.
+    """
+    groups = list(zip(optimizer.param_groups, found, strict=True))
+    updates = [u for group, rows in groups for u in [optimizer._update(group)] * len(rows.params)]
+    states: list[list[Tensor | None]] = [[] for _ in range(max(len(r.states) for r in found))]
+    for rows in found:
+        for k, state in enumerate(states):
+            state += rows.states[k] if k < len(rows.states) else [None] * len(rows.params)
+    device = _gpu_of([steps, *(x for group, _ in groups for x in group.values())])
+    if device is not None:
+        numbers = _on_gpu(optimizer, groups, steps, scale, device)
+        return Arguments(states, updates, list(range(len(updates))), numbers)
+    sets, numbers, counts = [], [], iter(steps)
+    for group, rows in groups:
+        of: dict[tuple[float, bool], int] = {}
+        own = list(islice(counts, len(rows.counters))) or [0.0] * len(rows.params)
+        for step, new in zip(own, rows.new or [False] * len(rows.params), strict=True):
+            if (step, new) not in of:
+                of[step, new] = len(numbers)
+                numbers.append(_set(optimizer, group, step, new, scale))
+            sets.append(of[step, new])
+    return Arguments(states, updates, sets, numbers)
+
+
+def _set(
+    optimizer: Fused, group: dict[str, Any], step: Number, new: bool, scale: float
+) -> tuple[tuple[Number, ...], Metric]:
+    factor = (-1.0 if group.get("maximize") else 1.0) / scale
+    metric = Metric(None, 0.0)  # its moment the sweep knows
+    if optimizer.regularizer is not None and optimizer.mode == "prox":
+        of_no_state = defaultdict(lambda: None, step=step)
+        metric = metric_of(optimizer)({**group, "centered": False}, of_no_state)
+    return (factor, *optimizer._numbers(group, step, new)), metric
+
+
+def _gpu_of(numbers: list[Any]) -> torch.device | None:
+    tensors = [x for x in numbers if isinstance(x, Tensor)]
+    return next((t.device for t in tensors if t.device.type != "cpu"), None)
+
+
+def _on_gpu(
+    optimizer: Fused,
+    groups: list[tuple[dict[str, Any], Rows]],
+    steps: list[float] | Tensor,
+    scale: float,
+    device: torch.device,
+) -> Tensor:
+    """[parameters, NUMBERS + 3], column by column: a CUDA graph can replay it."""
+    parts, at = [], 0
+    for group, rows in groups:
+        n, counted = len(rows.params), len(rows.counters)
+        if n == 0:
+            continue
+        step: Number = 0.0
+        if counted:
+            step = torch.as_tensor(steps[at : at + counted], dtype=torch.float64, device=device)
+            at += counted
+        kinds = rows.new or [False] * n
+        of_kind = {}
+        for new in set(kinds):
+            own, metric = _set(optimizer, group, step, new, scale)
+            row = [*own, *[0.0] * (NUMBERS - len(own)), *metric[1:4]]
+            of_kind[new] = torch.stack([_column(x, n, device) for x in row], dim=1)
+        if len(of_kind) == 1:
+            parts += of_kind.values()
+        else:
+            parts.append(torch.stack([of_kind[new][i] for i, new in enumerate(kinds)]))
+    return torch.cat(parts)
+
+
+def _column(x: Number, n: int, device: torch.device) -> Tensor:
+    if isinstance(x, Tensor):
+        return x.detach().to(device, torch.float64).expand(n)
+    return torch.full((n,), x, dtype=torch.float64, device=device)
