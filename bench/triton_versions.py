@@ -20,6 +20,7 @@ VERSIONS = ("3.3.1", "3.4.0", "3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0")
 NUMPY = "numpy<2.4"  # the interpreter of Triton 3.3 to 3.6 fails with later ones
 TESTS = (
     "tests/test_triton_kernels.py",
+    "tests/test_triton_steps.py",
     "tests/test_triton_backend.py",
     "tests/test_sweeps.py",
 )

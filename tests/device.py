@@ -28,24 +28,27 @@ def launches(device: torch.device, run: Callable[[], object]) -> list[str]:
     """The kernels, copies and fills of one run; on the CPU, the sweeps that Triton is asked for."""
     if device.type == "cuda":
         return kernels(run)
-    from pyreg.triton_kernels import sweeps
+    from pyreg.triton_kernels import steps, sweeps
 
     names: list[str] = []
-    kernel = sweeps.sweep
 
     class Counted:
+        def __init__(self, kernel: Callable) -> None:
+            self.kernel = kernel
+
         def __getitem__(self, grid: tuple[int, ...]) -> Callable:
-            def launch(*operands: object, **constants: object) -> None:
-                names.append(constants["SWEEP"])
-                kernel[grid](*operands, **constants)
+            def launch(*operands: object, **named: object) -> None:
+                names.append(named.get("SWEEP", "step"))
+                self.kernel[grid](*operands, **named)
 
             return launch
 
-    sweeps.sweep = Counted()
+    kernels_of = sweeps.sweep, steps.step
+    sweeps.sweep, steps.step = map(Counted, kernels_of)
     try:
         run()
     finally:
-        sweeps.sweep = kernel
+        sweeps.sweep, steps.step = kernels_of
     return names
 
 

@@ -17,7 +17,7 @@ from swept import ON_CPU, ON_GPU, Place, each, flat, mixed, moments
 from torch import Tensor, nn
 
 import pyreg
-from pyreg.backend.triton import interpreted
+from pyreg.backend.triton import TritonBackend, interpreted
 from pyreg.metric import Metric
 from pyreg.penalties import Penalty
 from pyreg.profiling import WORKLOADS, allocate
@@ -159,6 +159,88 @@ def test_a_captured_prox_in_a_metric_sees_new_numbers(place):
         steps = torch.cat([numerator / (1.5 * m.sqrt() + 0.1) for m in beside])
         expected = pyreg.L1(0.5).prox(flat(before), steps)
         torch.testing.assert_close(flat(tensors), expected, rtol=2**-20, atol=2**-20)
+
+
+def adam(
+    place: Place, tensors: list[Tensor], states: list[list[Tensor]], numbers: object, prox: bool
+) -> list[Tensor]:
+    """A step of Adam with elastic net: the value, each rule's, and the zeros."""
+    if place.backend == "native" and place.device == "cuda":
+        pytest.skip("no step in CUDA")
+    sweeps, n = place.sweeps(tensors, [BOTH]), len(tensors)
+    args = tensors, states, ["adam"] * n, [0] * n, numbers, bytes([1] * n), prox, [BOTH], 1.0
+    return list(map(torch.as_tensor, sweeps.backend.step(sweeps.pack, *args)))
+
+
+ADAM = (1.0, 0.999, 0.01, 0.1, 0.98, 0.02, 0.05, 1.3, 1e-3)
+
+
+@pytest.mark.parametrize("prox", [False, True])
+def test_a_step_is_the_native_one(place, prox):
+    """16 roundings on either side, of terms that are at most 4; of 16 bits, one more, either way. A
+    weight or two may lie at the threshold. Rows of several chunks, and one that is not aligned."""
+    n, native = size(place, 100_003, 2503), Place("native", "cpu")
+    dtypes = [
+        (torch.float32, torch.float32),
+        *[(torch.bfloat16, t) for t in (torch.bfloat16, None)],
+    ]
+    tensors, states = [], [[], []]
+    for i, (dtype, own) in enumerate(dtypes):
+        w, g, m, v = (
+            fill((n + 1,), torch.float32, "cpu", f"step{i}{k}").clamp(-2, 2) for k in range(4)
+        )
+        tensors.append(w.to(dtype)[i % 2 :])
+        tensors[-1].grad = g.to(dtype)[i % 2 :]
+        for kind, s in zip(states, (m, v.square() + 1), strict=True):
+            kind.append(s.to(own or torch.float32)[i % 2 :])
+    there = [t.to(on(place), copy=True) for t in tensors]
+    for t, own in zip(there, tensors, strict=True):
+        t.grad = own.grad.to(on(place), copy=True)
+    beside = [[s.to(on(place), copy=True) for s in kind] for kind in states]
+    numbers = [(ADAM, Metric(None, 0.1, 1.3, 1e-3))]
+    value, of_rules, zeros = adam(place, there, beside, numbers, prox)
+    expected = adam(native, tensors, states, numbers, prox)
+    assert oracle.close(value.item(), expected[0].item(), 2**-18)
+    assert of_rules.tolist() == [value.item()]
+    assert abs(zeros.item() - expected[2].item()) <= 2
+    assert expected[2] > 1000 or not prox
+    for a, b in zip(
+        [*there, *beside[0], *beside[1]], [*tensors, *states[0], *states[1]], strict=True
+    ):
+        eps = torch.finfo(a.dtype).eps if a.element_size() == 2 else 0.0
+        torch.testing.assert_close(a.cpu(), b, rtol=eps, atol=128 * 2**-24)
+
+
+def test_a_captured_step_reads_new_numbers(place):
+    """Numbers on the device are read anew by every replay; nothing waits for them."""
+    tensors = [fill((300 + i,), torch.float32, place.device, f"captured{i}") for i in range(3)]
+    states = [[torch.zeros_like(t) for t in tensors] for _ in range(2)]
+    for t in tensors:
+        t.grad = torch.ones_like(t)
+    numbers = torch.tensor([[*ADAM, 0.0, 1.3, 1e-3]], dtype=torch.float64, device=on(place))
+
+    def step() -> None:
+        adam(place, tensors, states, numbers, False)
+
+    step()
+    with device.no_waiting(on(place)):
+        step()
+    replay = device.capture(on(place), step)
+    numbers[0, 0], numbers[0, 1], numbers[0, 6] = 0.0, 0.5, 0.0  # no gradient, no move: w / 2
+    before = flat(tensors)
+    replay()
+    assert torch.equal(flat(tensors), before / 2)
+
+
+def test_counters_on_the_device(place):
+    if place.device == "cpu":
+        pytest.skip("cannot be rehearsed on the CPU")
+    if place.backend == "native":
+        pytest.skip("no step in CUDA")
+    counters = [torch.full((), float(k), device=on(place)) for k in range(3)]
+    with device.no_waiting(on(place)):
+        found = TritonBackend().count(counters)
+    assert found.tolist() == [1.0, 2.0, 3.0] == [c.item() for c in counters]
 
 
 def test_more_than_2_to_31_elements(gpu, place):

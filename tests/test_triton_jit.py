@@ -26,16 +26,18 @@ class Driver:
         return GPUTarget("cuda", 90, 32)
 
 driver.set_active(Driver())
-from pyreg.triton_kernels import Layout, launch, layout, sweeps
+from pyreg.triton_kernels import Layout, launch, layout, steps, sweeps
 
-kernel = sweeps.sweep
 kept = []
 
 class Compiled:
-    def __getitem__(self, grid):
-        return lambda *a, **k: kept.append(kernel.run(*a, grid=grid, warmup=True, **k))
+    def __init__(self, kernel):
+        self.kernel = kernel
 
-sweeps.sweep = Compiled()
+    def __getitem__(self, grid):
+        return lambda *a, **k: kept.append(self.kernel.run(*a, grid=grid, warmup=True, **k))
+
+sweeps.sweep, steps.step = Compiled(sweeps.sweep), Compiled(steps.step)
 layout._check_usable = lambda device: None
 launch.options = lambda device, sweep: {"num_warps": 4, "maxnreg": launch.REGISTERS[sweep]}
 strengths = torch.zeros(2, 2, dtype=torch.float64)
@@ -52,6 +54,10 @@ def sweep_all(sizes, offset):
     made.prox(w, strengths, 0.1)
     made.prox_in_metric(w, g, bytes(2), strengths, bytes(64))
     made.stats(w)
+    found = torch.zeros(2)[offset:][:1]
+    beside = [w, g, w, g, bytes(16)], ["sgd momentum", "adam"], bytes(2), [0, 0], bytes(96)
+    for more in ({}, {"grad_scale": found, "found_inf": found, "keys": bytes(16)}):
+        made.step(*beside, bytes([1, 0]), True, strengths, 1.0, **more)
 
 sweep_all((5000, 4096), 0)
 first = list(kept)
@@ -69,7 +75,7 @@ print(len(first), len(kept), len(set(map(id, kept))), type(kept[0]).__name__)
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton here")
 def test_operands_bind_and_sizes_compile_nothing_anew(run_python, tmp_path, monkeypatch):
-    """Six sweeps, six kernels: other sizes, grids and alignments find the same ones. One of two
-    kinds of anchored rows is another."""
+    """Six sweeps and two steps, eight kernels: other sizes, grids and alignments find the same
+    ones. One of two kinds of anchored rows is another."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    assert run_python(CHILD).split() == ["6", "13", "7", "CompiledKernel"]
+    assert run_python(CHILD).split() == ["8", "17", "9", "CompiledKernel"]

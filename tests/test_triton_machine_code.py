@@ -37,6 +37,15 @@ ANCHORED = {  # the same in one block, of bfloat16 with float32 anchors and weig
     "prox_in_metric": (6, 1),
 }
 
+STEPS = {  # the same in one block of an optimizer's step: 8 elements of a thread
+    "float32": ("float32", "float32", {}, (8, 6)),
+    "bfloat16": ("bfloat16", "bfloat16", {}, (4, 3)),
+    "float32 states": ("bfloat16", "float32", {}, (6, 5)),
+    "masters": ("bfloat16", "float32", {"master": True}, (7, 7)),
+    "stochastic": ("bfloat16", "float32", {"stochastic": True}, (6, 5)),
+}
+MODES = ["grad", "prox", "scaled prox"]
+
 FAMILIES = ["l_half", "huber", "log_sum", "mcp", "scad"]
 KERNELS = [(sweep, dtype, "elastic_net", None) for sweep in SWEEPS for dtype in DTYPES]
 KERNELS += [
@@ -47,14 +56,10 @@ KERNELS += [("prox_in_metric", "bfloat16", "scad", "float32")]
 
 
 def compile_all(target):
-    """{"sweep dtype penalty anchors": facts}. Runs in the child."""
+    """{"sweep dtype penalty anchors": facts}, and of steps. Runs in the child."""
     import torch
-    import triton
-    from pyreg.triton_kernels import launch, sweeps
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from pyreg.triton_kernels import launch, steps, sweeps
 
-    backend, architecture, warp = TARGETS[target]
     facts = {}
     for sweep, dtype, penalty, anchors in KERNELS:
         used = "l1" if sweep == "stats" else penalty
@@ -65,25 +70,52 @@ def compile_all(target):
         constants["SWEEP"] = sweep
         if anchors is None:
             constants["anchors"] = None
-        types = dict.fromkeys(sweeps.sweep.arg_names, "*i64")
-        types |= dict.fromkeys(("slots", "run", "n_rows", "n_groups"), "i32")
-        types |= dict.fromkeys(("strengths", "scale"), "*fp64")
+        types = dict.fromkeys(("strengths", "scale"), "*fp64")
         if totals:
             types |= dict.fromkeys(("out", "value", "partials"), "*fp64") | {"counters": "*i32"}
-        types |= dict.fromkeys(constants, "constexpr")
-        options = {"num_warps": launch.THREADS // warp}
-        if backend == "cuda":
-            options["maxnreg"] = launch.REGISTERS[sweep]
-        kernel = triton.compile(
-            ASTSource(sweeps.sweep, types, constexprs=constants),
-            target=GPUTarget(backend, architecture, warp),
-            options=options,
+        facts[f"{sweep} {dtype} {penalty} {anchors}"] = compile_one(
+            target, sweep, sweeps.sweep, types, constants
         )
-        read = cuda_facts if backend == "cuda" else hip_facts
-        facts[f"{sweep} {dtype} {penalty} {anchors}"] = read(kernel.asm) | {
-            "registers_given": launch.REGISTERS[sweep]
-        }
+    for name, (dtype, states, options, _) in STEPS.items():
+        kind = launch.StepKind(
+            getattr(torch, dtype), getattr(torch, states), "adam", "elastic_net", **options
+        )
+        for mode in MODES:
+            # Beside it, as in any model, rows that are not penalised.
+            kinds = [kind, kind._replace(penalty=None)]
+            constants = launch.step_constants(kinds, ["elastic_net"], mode != "grad")
+            if not kind.stochastic:
+                constants["keys"] = None
+            if mode != "scaled prox":
+                constants |= {"grad_scale": None, "found_inf": None}
+            types = dict.fromkeys(steps.step.arg_names, "*fp64") | {"n_tensors": "i32"}
+            types |= dict.fromkeys(("places", "keys", "rows", "groups", "zeros"), "*i64")
+            types |= dict.fromkeys(("grad_scale", "found_inf"), "*fp32") | {"counters": "*i32"}
+            facts[f"step {name} {mode}"] = compile_one(target, "step", steps.step, types, constants)
     return facts
+
+
+def compile_one(target, sweep, kernel, types, constants):
+    """Facts of one kernel; operands of no given type are int64 tables."""
+    import triton
+    from pyreg.triton_kernels import launch
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    backend, architecture, warp = TARGETS[target]
+    types = dict.fromkeys(kernel.arg_names, "*i64") | types
+    types |= dict.fromkeys(("slots", "run", "n_rows", "n_groups"), "i32")
+    types |= dict.fromkeys(constants, "constexpr")
+    options = {"num_warps": launch.THREADS // warp}
+    if backend == "cuda":
+        options["maxnreg"] = launch.REGISTERS[sweep]
+    compiled = triton.compile(
+        ASTSource(kernel, types, constexprs=constants),
+        target=GPUTarget(backend, architecture, warp),
+        options=options,
+    )
+    read = cuda_facts if backend == "cuda" else hip_facts
+    return read(compiled.asm) | {"registers_given": launch.REGISTERS[sweep]}
 
 
 def cuda_facts(asm):
@@ -151,6 +183,15 @@ def test_anchored(facts, sweep):
 
 def test_anchored_with_a_step_for_each_element(facts):
     check(facts["prox_in_metric bfloat16 scad float32"], ANCHORED["prox_in_metric"])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_of_adam_with_elastic_net(facts, name, mode):
+    """Both kinds of rows move 16 bytes at a time; what rounds stochastically may spill a little."""
+    loads, stores = STEPS[name][3]
+    spills = 16 if name == "stochastic" else 0
+    check(facts[f"step {name} {mode}"], (2 * loads, 2 * stores), spills)
 
 
 def check(got, moves, spills=0):

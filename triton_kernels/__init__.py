@@ -8,5 +8,6 @@ if __name__ != "pyreg.triton_kernels":
 
 from .layout import Layout, unusable
 from .penalties import PENALTIES
+from .updates import UPDATES
 
-__all__ = ["PENALTIES", "Layout", "unusable"]
+__all__ = ["PENALTIES", "UPDATES", "Layout", "unusable"]

@@ -11,23 +11,28 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import sweeps
+from . import steps, sweeps
 from .penalties import PENALTIES
+from .updates import UPDATES
 
 INTERPRETED = sweeps.INTERPRETED.value
 CHUNK = sweeps.CHUNK.value
 THREADS = sweeps.THREADS.value
 METRIC = sweeps.METRIC.value
+NUMBERS = steps.NUMBERS.value
+STEP_TOTALS = steps.TOTALS.value
 DTYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
+ELEMENTARY = {"l1": 1, "l2": 2, "elastic_net": 3}  # those whose prox takes no division of its own
 PARTIALS = 16384  # numbers aimed at: 128 KiB; many groups take at most twice that
-# Registers of a thread on NVIDIA, at which no sweep spills but LogSum's, and proxes of float64 with
-# anchors. They say how many programs a multiprocessor (65,536 registers) runs at a time, which is
-# the grid: a second wave would leave most of the device idle at the end.
+# Registers of a thread on NVIDIA, at which no sweep spills but LogSum's, proxes of float64 with
+# anchors, and steps of float64 or, a few, with three states. They say how many programs a
+# multiprocessor (65,536 registers) runs at a time, which is the grid: a second wave would leave
+# most of the device idle at the end.
 REGISTERS = {
     "value": 96,
     "gradient": 96,
@@ -35,6 +40,7 @@ REGISTERS = {
     "accumulate": 128,
     "prox_in_metric": 160,
     "stats": 128,
+    "step": 128,
 }
 PROGRAMS_ON_ROCM = 8
 
@@ -47,6 +53,17 @@ class Kind(NamedTuple):
     beside: torch.dtype  # of its gradient or moment
     origin: torch.dtype | None = None  # of what it is measured from
     weight: torch.dtype | None = None  # of its elements' weights
+
+
+class StepKind(NamedTuple):
+    """What a row is compiled for in an optimizer's step."""
+
+    dtype: torch.dtype  # of the weights and the gradient
+    states: torch.dtype
+    update: str
+    penalty: str | None
+    master: bool = False  # whether there is a float32 master of the weights
+    stochastic: bool = False  # whether weights are rounded stochastically
 
 
 class Cut(NamedTuple):
@@ -171,36 +188,27 @@ class Latest:
 
 
 class Plan:
-    """A cut, its tables and its scratch on one device. `kinds` is what rows' kinds stand for."""
+    """A cut, its tables and its scratch on one device. `constants` is what a kernel is compiled
+    for, and totals have `columns` columns."""
 
-    def __init__(
-        self,
-        device: torch.device,
-        cut: Cut,
-        columns: int,
-        kinds: list[Kind],
-        names: list[str],
-    ) -> None:
+    def __init__(self, device: torch.device, cut: Cut, columns: int, constants: dict) -> None:
         self._device = device
         self._cut = cut
         self._columns = columns
         self._tables: tuple[Table, Table] | None = None
         self._scratch: dict[int, tuple[Tensor, Tensor]] = {}
-        self._constants = constants(columns, kinds, names)
+        self._constants = constants
 
     def launch(
         self,
         queue: Queue,
         sweep: str,
-        tensors: Tensor,
-        gradients: Tensor,
-        anchors: Tensor | None,
-        strengths: Tensor,
-        scale: Tensor,
+        operands: dict[str, Tensor | int | None],
         out: Tensor | None = None,
         value: Tensor | None = None,
     ) -> None:
-        """One kernel launch. Without `out`, a sweep that leaves no totals."""
+        """One kernel launch, of operands by name and those that all kernels have. Without `out`, a
+        sweep that leaves no totals."""
         cut = self._cut
         if self._tables is None:
             if queue.capturing:
@@ -211,23 +219,22 @@ class Plan:
             )
         rows, groups = (table.on(queue) for table in self._tables)
         partials, counters = (rows, rows) if out is None else self._scratch_of(queue)
-        sweeps.sweep[(min(cut.slots, programs(self._device, sweep)),)](
-            tensors,
-            gradients,
-            anchors,
-            rows,
-            groups,
-            strengths,
-            scale,
-            rows if out is None else out,
-            rows if value is None else value,
-            partials,
-            counters,
-            cut.slots,
-            cut.run,
-            cut.n_rows,
-            cut.n_groups,
-            SWEEP=sweep,
+        kernel, which = sweeps.sweep, {"SWEEP": sweep}
+        if sweep == "step":
+            kernel, which = steps.step, {}
+        kernel[(min(cut.slots, programs(self._device, sweep)),)](
+            **operands,
+            rows=rows,
+            groups=groups,
+            out=rows if out is None else out,
+            value=rows if value is None else value,
+            partials=partials,
+            counters=counters,
+            slots=cut.slots,
+            run=cut.run,
+            n_rows=cut.n_rows,
+            n_groups=cut.n_groups,
+            **which,
             **self._constants,
             **options(self._device, sweep),
         )
@@ -251,8 +258,7 @@ class Plan:
 
 
 def constants(columns: int, kinds: list[Kind], names: list[str]) -> dict:
-    """What a kernel is compiled for, SWEEP apart: the dtypes and penalties that occur."""
-    used = [PENALTIES[name] for name in names]
+    """What a sweep is compiled for, SWEEP apart: the dtypes and penalties that occur."""
     return {
         "COLUMNS": columns,
         "DTYPES": tuple(DTYPES[kind.dtype] for kind in kinds),
@@ -260,6 +266,34 @@ def constants(columns: int, kinds: list[Kind], names: list[str]) -> dict:
         "ORIGINS": tuple(DTYPES.get(kind.origin) for kind in kinds),
         "WEIGHTS": tuple(DTYPES.get(kind.weight) for kind in kinds),
         "PENALTY_OF": tuple(names.index(kind.penalty) for kind in kinds),
+        **_penalties(names),
+    }
+
+
+def step_constants(kinds: list[StepKind], names: list[str], prox: bool) -> dict:
+    """The same for an optimizer's step."""
+    updates = [UPDATES[kind.update] for kind in kinds]
+    return {
+        "DTYPES": tuple(DTYPES[kind.dtype] for kind in kinds),
+        "STATE_DTYPES": tuple(DTYPES[kind.states] for kind in kinds),
+        "MASTERED": tuple(kind.master for kind in kinds),
+        "STOCHASTIC": tuple(kind.stochastic for kind in kinds),
+        "PENALISED": tuple(kind.penalty is not None for kind in kinds),
+        "PENALTY_OF": tuple(names.index(kind.penalty or names[0]) for kind in kinds),
+        "KEPT": tuple(update.states for update in updates),
+        "RATIOS": tuple(update.ratio for update in updates),
+        "UPDATES": tuple(update.block for update in updates),
+        "VARIANTS": tuple(update.variant[0] for update in updates),
+        "VARIANTS_TOO": tuple(update.variant[1] for update in updates),
+        "WITH": "prox" if prox else "grad",
+        "ELEMENTARY": tuple(ELEMENTARY.get(name, 0) for name in names),
+        **_penalties(names),
+    }
+
+
+def _penalties(names: list[str]) -> dict:
+    used = [PENALTIES[name] for name in names]
+    return {
         "SUMS": tuple(p.sums for p in used),
         "TERMS": tuple(p.term for p in used),
         "VALUES": tuple(p.value for p in used),
@@ -290,8 +324,10 @@ def programs(device: torch.device, sweep: str) -> int:
 
 @cache
 def _sources() -> str:
-    """A hash of the penalties' code: Triton's cache on disk knows a tuple of functions by name."""
+    """A hash of the penalties' and updates' code: Triton's cache on disk knows a tuple of functions
+    by name."""
     if INTERPRETED:
         return ""
-    keys = [f.cache_key for p in PENALTIES.values() for f in p[1:]]
+    functions = [f for p in PENALTIES.values() for f in p[1:]]
+    keys = [f.cache_key for f in (*functions, *(u.block for u in UPDATES.values()))]
     return hashlib.sha256("".join(keys).encode()).hexdigest()

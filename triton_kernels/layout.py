@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import math
+from array import array
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from operator import attrgetter
 
 import torch
 import triton
 from torch import Tensor
 
-from .launch import DTYPES, INTERPRETED, METRIC, Kind, Latest, Plan, Queue, Row, current, cut
+from .launch import (
+    DTYPES,
+    INTERPRETED,
+    METRIC,
+    NUMBERS,
+    STEP_TOTALS,
+    Cut,
+    Kind,
+    Latest,
+    Plan,
+    Queue,
+    Row,
+    StepKind,
+    constants,
+    current,
+    cut,
+    step_constants,
+)
 from .penalties import PENALTIES
 
 MINIMUM_TRITON = (3, 4)  # an earlier one cannot index a tuple in a compiled kernel
@@ -75,27 +95,36 @@ class Layout:
         self._value_dtype = torch.float64 if torch.float64 in self._dtypes else torch.float32
         self._addresses = {
             of: Latest(self.device, "a tensor is new or has moved")
-            for of in ("w", "w of a prox", "g", "moments", "anchors")
+            for of in ("w", "w of a prox", "g", "moments", "anchors", "step")
         }
         self._metrics = Latest(self.device, "a number of a metric has changed")
+        self._set_numbers = Latest(self.device, "a number of the step has changed")
+        self._keys = Latest(self.device, "a key of stochastic rounding has changed")
         self._numbers: dict[tuple[int, str], tuple[float, Tensor]] = {}
         if tensors:
             _check_usable(self.device)
         self._by_rule = self._plan_by_rule(self._dtypes)
         self._in_metric: dict[bytes, Plan] = {}
+        self._steps: dict[tuple, Plan] = {}
         known = list(dict.fromkeys(self._dtypes))
         rows = [
             Row(t, n, known.index(t), i, i)
             for i, (t, n) in enumerate(zip(self._dtypes, self._numels, strict=True))
         ]
         by_row = cut(rows, [0] * len(rows), 5)
-        self._by_row = Plan(self.device, by_row, 5, [Kind(t, "l1", t) for t in known], ["l1"])
+        kinds = [Kind(t, "l1", t) for t in known]
+        self._by_row = Plan(self.device, by_row, 5, constants(5, kinds, ["l1"]))
 
     def _plan_by_rule(self, beside: list[torch.dtype]) -> Plan:
         """With the dtype of what lies beside each tensor: its gradient or moment."""
         penalties = [self._penalties[rule] for rule in self._rule_of]
         origins, weights = zip(*self._pairs, strict=True) if self._pairs else ((), ())
         kinds = list(map(Kind, self._dtypes, penalties, beside, origins, weights))
+        by_rule, index, names = self._cut_by_rule(kinds)
+        return Plan(self.device, by_rule, 2, constants(2, index, names))
+
+    def _cut_by_rule(self, kinds: list) -> tuple[Cut, list, list[str]]:
+        """Rows of these kinds cut into slots by rule; the kinds and the penalties that occur."""
         index = {kind: k for k, kind in enumerate(dict.fromkeys(kinds))}
         rows = [
             Row(kind.dtype, n, index[kind], rule, i)
@@ -111,7 +140,7 @@ class Layout:
         rows.sort(key=attrgetter("group"))
         names = list(dict.fromkeys(self._penalties))
         by_rule = cut(rows, [names.index(name) for name in self._penalties], 2)
-        return Plan(self.device, by_rule, 2, list(index), names)
+        return by_rule, list(index), names
 
     def value(self, w: bytes, strengths: Tensor, anchors: bytes = b"") -> tuple[Tensor, Tensor]:
         """sum over the rules of Omega(w; strengths), and each rule's sums. Reads N.
@@ -198,6 +227,126 @@ class Layout:
         self._sweep(self._by_row, "stats", w, None, b"", out, out, out)
         return out
 
+    def step(
+        self,
+        places: Sequence[bytes],
+        updates: Sequence[str],
+        float32: bytes,
+        sets: Sequence[int],
+        numbers: Tensor | bytes,
+        penalised: bytes,
+        prox: bool,
+        strengths: Tensor,
+        scale: Tensor | float,
+        *,
+        masters: bytes | None = None,
+        keys: Tensor | bytes | None = None,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """An optimizer's step on every tensor, and the penalty's gradient or prox in it: reads
+        weights, gradients and states, writes weights and states.
+
+        Args:
+            places: addresses of weights, of gradients of the same dtypes, and of the three kinds of
+                states of an update, 0 for none.
+            updates: of each tensor, a name in UPDATES.
+            float32: of each tensor, 1 if its states are float32 whatever it is; 0: the same dtype.
+            sets: of each tensor, which of the `numbers` are its own.
+            numbers: float64 [sets, 12] on the device, or its bytes: the 9 of updates.py, and a
+                metric's numerator, factor and offset, of which a prox needs the numerator.
+            penalised: of each tensor, 1 or 0.
+            prox: whether the penalty's prox comes after the update, in the optimizer's metric, or
+                its gradient, times `scale`, joins the loss's before it.
+            masters: addresses of float32 weights, 0 for none: these are read and written in the
+                tensor's place, which holds them rounded.
+            keys: int64 [tensors] on the device, or its bytes: bfloat16 weights are rounded
+                stochastically, by these 32 bits. Their states are float32.
+            grad_scale: what gradients are divided by, one floating number on the device.
+            found_inf: the same; where it is not 0, nothing is written to weights and states.
+
+        Returns:
+            float32 [1 + rules] (float64 if any tensor is): the value, and each rule's, of the
+            penalised weights: before the step, or after a prox. And how many of them are 0 after
+            it, int64 []. Masters count instead of their tensors; what is rounded stochastically
+            counts before that.
+        """
+        n = self._number
+        if self._anchored:
+            raise ValueError("a step takes no anchors")
+        lists = updates, float32, sets, penalised
+        if len(places) != 5 or any(map(n.__ne__, map(len, lists))):
+            raise ValueError(f"expected an update, a set and flags for each of {n} tensors")
+        none = bytes(8 * n)
+        columns = *places, masters or none, array("q", sets).tobytes()
+        if any(len(column) != 8 * n for column in columns):
+            raise ValueError(f"expected {n} addresses of 8 bytes")
+        for x, what in ((grad_scale, "grad_scale"), (found_inf, "found_inf")):
+            if x is not None and not (
+                x.is_floating_point() and x.numel() == 1 and x.device == self.device
+            ):
+                raise ValueError(
+                    f"expected {what}, one floating number on {self.device}, "
+                    f"got {x.dtype} {list(x.shape)} on {x.device}"
+                )
+        self._check_strengths(strengths)
+        plan = self._step_plan(updates, float32, penalised, prox, masters, keys is not None)
+        values = torch.empty(1 + self.rules, dtype=self._value_dtype, device=self.device)
+        zeros = torch.empty((), dtype=torch.int64, device=self.device)
+        if not n:
+            return values.zero_(), zeros.zero_()
+        sums = torch.empty(self.rules, STEP_TOTALS, dtype=torch.float64, device=self.device)
+        with self._on_device():
+            queue = current(self.device)
+            if keys is not None:
+                keys = self._given(queue, keys, (n,), self._keys, torch.int64)
+            numbers = self._given(queue, numbers, (-1, NUMBERS), self._set_numbers)
+            known = numbers.numel() // NUMBERS
+            if not 0 <= min(sets) <= max(sets) < known:
+                raise ValueError(f"expected sets of {known}, got {min(sets)} to {max(sets)}")
+            operands = {
+                "places": self._addresses["step"].on(queue, b"".join(columns)),
+                "n_tensors": n,
+                "keys": keys,
+                "numbers": numbers,
+                "strengths": strengths,
+                "scale": self._scale(queue, "step", scale),
+                "grad_scale": grad_scale,
+                "found_inf": found_inf,
+                "zeros": zeros,
+            }
+            plan.launch(queue, "step", operands, sums, values)
+        return values, zeros
+
+    def _step_plan(
+        self,
+        updates: Sequence[str],
+        float32: bytes,
+        penalised: bytes,
+        prox: bool,
+        masters: bytes | None,
+        stochastic: bool,
+    ) -> Plan:
+        own = masters or bytes(8 * self._number)
+        mastered = bytes(map(bool, array("q", own)))
+        key = tuple(updates), float32, penalised, prox, mastered, stochastic
+        if key not in self._steps:
+            kinds = [
+                StepKind(
+                    dtype,
+                    torch.float32 if float32[i] else dtype,
+                    updates[i],
+                    self._penalties[self._rule_of[i]] if penalised[i] else None,
+                    bool(mastered[i]),
+                    stochastic and dtype == torch.bfloat16,
+                )
+                for i, dtype in enumerate(self._dtypes)
+            ]
+            by_rule, index, names = self._cut_by_rule(kinds)
+            made = step_constants(index, names, prox)
+            self._steps[key] = Plan(self.device, by_rule, STEP_TOTALS, made)
+        return self._steps[key]
+
     def _totals(self) -> tuple[Tensor, Tensor]:
         """Memory for the values, in the dtype that is asked for in the end, and for the sums."""
         values = torch.empty(1 + self.rules, dtype=self._value_dtype, device=self.device)
@@ -232,7 +381,7 @@ class Layout:
                 if total is not None:
                     total.zero_()
             return
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+        with self._on_device():
             queue = current(self.device)
             in_metric = sweep == "prox_in_metric"
             writes = in_metric or sweep == "prox"
@@ -240,22 +389,43 @@ class Layout:
             beside = self._addresses["moments" if in_metric else "g"]
             gradients = tensors if g is None else beside.on(queue, g)
             pairs = self._addresses["anchors"].on(queue, anchors) if anchors else None
-            scale = self._metric(queue, scale) if in_metric else self._scale(queue, sweep, scale)
-            plan.launch(queue, sweep, tensors, gradients, pairs, strengths, scale, out, value)
+            if in_metric:
+                scale = self._given(queue, scale, (self._number, METRIC), self._metrics)
+            else:
+                scale = self._scale(queue, sweep, scale)
+            operands = {
+                "tensors": tensors,
+                "gradients": gradients,
+                "anchors": pairs,
+                "strengths": strengths,
+                "scale": scale,
+            }
+            plan.launch(queue, sweep, operands, out, value)
 
-    def _metric(self, queue: Queue, x: Tensor | bytes) -> Tensor:
-        """x in device memory."""
-        expected = (self._number, METRIC)
+    def _on_device(self) -> AbstractContextManager:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def _given(
+        self,
+        queue: Queue,
+        x: Tensor | bytes,
+        shape: tuple[int, ...],
+        latest: Latest,
+        dtype: torch.dtype = torch.float64,
+    ) -> Tensor:
+        """x in device memory; a first size of -1 may be any."""
         if isinstance(x, Tensor):
-            if (x.dtype, *x.shape) != (torch.float64, *expected) or x.device != self.device:
+            expected = x.shape[:1] + shape[1:] if shape[0] < 0 else shape
+            if (x.dtype, *x.shape) != (dtype, *expected) or x.device != self.device:
                 raise ValueError(
-                    f"expected metrics, float64 {list(expected)} on {self.device}, "
+                    f"expected {dtype} {list(shape)} on {self.device}, "
                     f"got {x.dtype} {list(x.shape)} on {x.device}"
                 )
             return x.contiguous()
-        if len(x) != 8 * self._number * METRIC:
-            raise ValueError(f"expected float64 {list(expected)}, got {len(x)} bytes")
-        return self._metrics.on(queue, x).view(torch.float64)
+        size = 8 * abs(math.prod(shape))
+        if len(x) % size if shape[0] < 0 else len(x) != size:
+            raise ValueError(f"expected {dtype} {list(shape)}, got {len(x)} bytes")
+        return latest.on(queue, x).view(dtype)
 
     def _scale(self, queue: Queue, sweep: str, x: Tensor | float) -> Tensor:
         """x in device memory; a number is written there by the stream itself when it changed."""

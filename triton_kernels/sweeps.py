@@ -92,6 +92,23 @@ def _load(place, tile, inside, ALIGNED: tl.constexpr, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def _store(place, tile, x, inside, keep, ALIGNED: tl.constexpr, MAYBE: tl.constexpr):
+    """Of what is inside; with MAYBE, only if `keep`.
+
+    That is the same for every element of a whole chunk, so that its stores stay whole.
+    """
+    if MAYBE:
+        written = tl.zeros_like(tile) + keep.to(tl.int32) != 0
+        if not ALIGNED:
+            written = written & inside
+        tl.store(place + tile, x, mask=written)
+    elif ALIGNED:
+        tl.store(place + tile, x)
+    else:
+        tl.store(place + tile, x, mask=inside)
+
+
+@triton.jit
 def _weighed(x, weight, WEIGHT: tl.constexpr):
     return x if WEIGHT is None else weight * x
 
@@ -191,11 +208,7 @@ def _visit(
                 sum1 += _by_lane(_weighed(TERM(x, c0, c1, 1), weight, WEIGHT)).to(tl.float64)
         if SWEEP == "accumulate":
             new = old + scale * _weighed(GRAD(x, c0, c1), weight, WEIGHT)
-            # The same for every element of a whole chunk, so that its stores stay whole.
-            written = tl.zeros_like(tile) + has_g.to(tl.int32) != 0
-            if not ALIGNED:
-                written = written & inside
-            tl.store(g + tile, _narrow(new, DTYPE), mask=written)
+            _store(g, tile, _narrow(new, DTYPE), inside, has_g, ALIGNED, True)
         if SWEEP == "gradient" or SWEEP == "prox":
             if SWEEP == "gradient":
                 target = g
@@ -203,20 +216,15 @@ def _visit(
             else:
                 target = w
                 y = _prox(own, x, origin, weight, scale, c0, c1, PROX, ORIGIN, WEIGHT)
-            if ALIGNED:
-                tl.store(target + tile, _narrow(y, DTYPE))
-            else:
-                tl.store(target + tile, _narrow(y, DTYPE), mask=inside)
+            _store(target, tile, _narrow(y, DTYPE), inside, True, ALIGNED, False)
         if SWEEP == "prox_in_metric":
             d = tl.where(root, square_root(old), old)
             step = tl.where(has_g, divide(scale, factor * d + offset), scale)
             y = _prox(own, x, origin, weight, step, c0, c1, PROX, ORIGIN, WEIGHT)
             y = _narrow(y, DTYPE)
             new = y.to(COMPUTE)
-            if ALIGNED:
-                tl.store(w + tile, y)
-            else:
-                tl.store(w + tile, y, mask=inside)
+            _store(w, tile, y, inside, True, ALIGNED, False)
+            if not ALIGNED:
                 new = tl.where(inside, new, 0)
             if ORIGIN is not None:
                 new -= origin
@@ -374,10 +382,12 @@ def _row_part(
 
 
 @triton.jit
-def _finish_group(out, partials, count, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
+def _finish_group(
+    out, partials, count, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, TOP: tl.constexpr
+):
     """out = the totals over `count` partials of COLUMNS each, in a fixed order.
 
-    Column 2 is a maximum, which has lost its NaN; the sum of |w| in column 0 has kept it.
+    With TOP, column 2 is a maximum, which has lost its NaN; the sum of |w| in column 0 has kept it.
     """
     BLOCK: tl.constexpr = 1024 // WIDTH
     slot = tl.arange(0, BLOCK)[:, None]
@@ -393,10 +403,10 @@ def _finish_group(out, partials, count, COLUMNS: tl.constexpr, WIDTH: tl.constex
             cache_modifier=".cg",
         )
         sums += part
-        if COLUMNS > 2:
+        if TOP:
             tops = tl.maximum(tops, part)
     total = tl.sum(sums, axis=0)
-    if COLUMNS > 2:
+    if TOP:
         l1 = tl.sum(tl.where(column == 0, total, 0.0))
         top = tl.where(l1 == l1, tl.max(tops, axis=0), l1)
         total = tl.where(column == 2, top, total)
@@ -406,23 +416,30 @@ def _finish_group(out, partials, count, COLUMNS: tl.constexpr, WIDTH: tl.constex
 @triton.jit
 def _finish_value(
     value,
+    zeros,
     sums,
     strengths,
     groups,
     n_groups,
+    COLUMNS: tl.constexpr,
     PENALTIES: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """value = the groups' values added up, in a fixed order; then each of them."""
+    """value = the groups' values added up, in a fixed order; then each of them.
+
+    zeros, unless it is None: column 2 added up.
+    """
     BLOCK: tl.constexpr = 128
     lane = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
+    count = tl.zeros([BLOCK], tl.int64)
     for i in range(0, n_groups, BLOCK):
         group = i + lane
         known = group < n_groups
         penalty = tl.load(groups + group * GROUP_ROW + PENALTY, mask=known, other=0)
-        s0 = tl.load(sums + group * 2, mask=known, other=0.0, cache_modifier=".cg")
-        s1 = tl.load(sums + group * 2 + 1, mask=known, other=0.0, cache_modifier=".cg")
+        about = sums + group * COLUMNS
+        s0 = tl.load(about, mask=known, other=0.0, cache_modifier=".cg")
+        s1 = tl.load(about + 1, mask=known, other=0.0, cache_modifier=".cg")
         c0 = tl.load(strengths + group * 2, mask=known, other=0.0)
         c1 = tl.load(strengths + group * 2 + 1, mask=known, other=0.0)
         own = tl.zeros([BLOCK], tl.float64)
@@ -430,7 +447,12 @@ def _finish_value(
             own = tl.where(penalty == p, VALUES[p](s0, s1, c0, c1), own)
         tl.store(value + 1 + group, own, mask=known)
         total += tl.where(known, own, 0.0)
+        if zeros is not None:
+            s2 = tl.load(about + 2, mask=known, other=0.0, cache_modifier=".cg")
+            count += s2.to(tl.int64)
     tl.store(value, tl.sum(total))
+    if zeros is not None:
+        tl.store(zeros, tl.sum(count))
 
 
 @triton.jit
@@ -453,6 +475,57 @@ def _count(counter, done, of):
     if complete:
         tl.store(counter, 0)
     return complete
+
+
+@triton.jit
+def _finish(
+    out,
+    value,
+    zeros,
+    strengths,
+    groups,
+    n_groups,
+    partials,
+    counters,
+    group,
+    begin,
+    end,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PENALTIES: tl.constexpr,
+    VALUES: tl.constexpr,
+):
+    """Finish the groups, of which slots [begin, end), from `group` on, were the last to be done;
+    and after the last group the value, unless it is None."""
+    finished = 0
+    slot = begin
+    while slot < end:
+        about = groups + group * GROUP_ROW
+        first = tl.load(about + BEGIN).to(tl.int32)
+        last = tl.load(about + END).to(tl.int32)
+        count = last - first
+        complete = count == 1
+        if count > 1:
+            mine = tl.minimum(end, last) - slot
+            complete = _count(counters + group, mine, count)
+            if complete:
+                _finish_group(
+                    out + group * COLUMNS,
+                    partials + tl.load(about + PARTIALS) * COLUMNS,
+                    count,
+                    COLUMNS,
+                    WIDTH,
+                    value is None,
+                )
+        finished += complete.to(tl.int32)
+        slot = last
+        group += 1
+    if value is not None:
+        if finished > 0:
+            if _count(counters + n_groups, finished, n_groups):
+                _finish_value(
+                    value, zeros, out, strengths, groups, n_groups, COLUMNS, PENALTIES, VALUES
+                )
 
 
 @triton.jit(
@@ -570,29 +643,20 @@ def sweep(
             tl.store(into + 3, s3)
             tl.store(into + 4, s4)
     if TOTALS:
-        finished = 0
-        slot = begin
-        while slot < end:
-            about = groups + group * GROUP_ROW
-            first = tl.load(about + BEGIN).to(tl.int32)
-            last = tl.load(about + END).to(tl.int32)
-            count = last - first
-            complete = count == 1
-            if count > 1:
-                mine = tl.minimum(end, last) - slot
-                complete = _count(counters + group, mine, count)
-                if complete:
-                    _finish_group(
-                        out + group * COLUMNS,
-                        partials + tl.load(about + PARTIALS) * COLUMNS,
-                        count,
-                        COLUMNS,
-                        8 if COLUMNS > 2 else 2,
-                    )
-            finished += complete.to(tl.int32)
-            slot = last
-            group += 1
-        if SWEEP != "stats":
-            if finished > 0:
-                if _count(counters + n_groups, finished, n_groups):
-                    _finish_value(value, out, strengths, groups, n_groups, len(SUMS), VALUES)
+        _finish(
+            out,
+            None if SWEEP == "stats" else value,
+            None,
+            strengths,
+            groups,
+            n_groups,
+            partials,
+            counters,
+            group,
+            begin,
+            end,
+            COLUMNS,
+            8 if COLUMNS > 2 else 2,
+            len(SUMS),
+            VALUES,
+        )

@@ -143,6 +143,61 @@ class PythonLook:
         return self._weights
 
 
+class States(NamedTuple):
+    """Where an optimizer's states lie beside the tensors, and its masters of them."""
+
+    states: list[bytes]  # of each kind of state, 0 for none
+    float32: bytes  # of each row, whether (1) its states are float32 and it is not
+    masters: bytes  # 0 for none
+
+
+class StatesLook:
+    """A look at states and masters, at every call; in Python, as it mostly compares."""
+
+    def __init__(self, pack: Pack) -> None:
+        self._geometry, self._device = pack.geometry, pack.device
+        self._seen, self._found = _Seen([], []), None
+
+    def __call__(
+        self, states: Sequence[Sequence[Tensor | None]], masters: Sequence[Tensor | None]
+    ) -> States | None:
+        """None where no sweep can walk them: some share memory, have other strides than their
+        tensor, or dtypes that are neither float32 nor its own, or not alike.
+
+        Raises:
+            ValueError: one that cannot be its tensor's.
+        """
+        given = [t for kind in (*states, masters) for t in kind]
+        if not self._seen.is_of(given):
+            beside = [list(kinds) for kinds in zip(*states, masters, strict=True)]
+            fine = [self._fit(i, kinds) for i, kinds in enumerate(beside)]
+            sizes = [0 if t is None else t.numel() * t.element_size() for t in given]
+            self._seen, self._found = _Seen(given, sizes), None
+            if all(fine) and not self._seen.overlapping:
+                *addresses, last = map(_addresses, (*states, masters))
+                wide = (
+                    any(t is not None and t.dtype != dtype for t in own)
+                    for (*own, _), (dtype, *_) in zip(beside, self._geometry, strict=True)
+                )
+                self._found = States(addresses, bytes(wide), last)
+        return self._found
+
+    def _fit(self, i: int, beside: list[Tensor | None]) -> bool:
+        """Whether what lies beside row i, its states and its master, can be swept with it."""
+        dtype, shape, strides = self._geometry[i]
+        states, master = [t for t in beside[:-1] if t is not None], beside[-1]
+        there = states if master is None else [*states, master]
+        for t in there:
+            if t.shape != shape or t.device != self._device or t.is_neg() or is_freed(t):
+                raise ValueError(f"row {i}: a state unlike its tensor")
+        dtypes = {t.dtype for t in states}
+        return (
+            all(t.stride() == strides for t in there)
+            and (dtypes <= {dtype} or dtypes == {torch.float32})
+            and (master is None or master.dtype == torch.float32)
+        )
+
+
 def look_at(pack: Pack, tensors: list[Tensor]) -> CompiledLook | PythonLook:
     return (PythonLook if isinstance(load(), str) else CompiledLook)(pack, tensors)
 

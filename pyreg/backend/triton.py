@@ -17,7 +17,7 @@ from torch import Tensor
 from ..metric import Metric, Number
 from ..pack import Pack
 from ..penalties import Penalty, stack_strengths
-from .addresses import look_at
+from .addresses import StatesLook, look_at
 from .torch import add_gradient, apply_prox, apply_prox_in_metric
 
 
@@ -41,6 +41,7 @@ class _State:
     def __init__(self, pack: Pack, tensors: list[Tensor]) -> None:
         pack.check_rows(tensors)
         self.look = look_at(pack, tensors)
+        self.look_at_states = StatesLook(pack)
         self.layout = load().Layout(tensors, pack.rule_of, list(pack.penalties), pack.anchors)
         # By stream, as one does not wait for another: numbers, and they on the device.
         self.strengths: dict[int, tuple[tuple[float, ...], Tensor]] = {}
@@ -157,6 +158,94 @@ class TritonBackend:
                 values[1 + pack.rule_of[i]] += own
         return values[0], values[1:]
 
+    def count(self, counters: list[Tensor]) -> list[float] | Tensor | None:
+        """Each of an optimizer's step counters, after adding 1 to it: numbers, or float64 where the
+        counters are on a device; None if one is no such."""
+        devices = {c.device for c in counters}
+        fine = all(c.dim() == 0 and c.dtype in (torch.float32, torch.float64) for c in counters)
+        if not fine or len(devices) > 1:
+            return None
+        if not counters:
+            return []
+        torch._foreach_add_(counters, 1)
+        if devices == {torch.device("cpu")}:
+            return [c.item() for c in counters]
+        return torch.stack(counters).double()
+
+    def step(
+        self,
+        pack: Pack,
+        tensors: list[Tensor],
+        states: list[list[Tensor | None]],
+        updates: list[str],
+        sets: list[int],
+        numbers: list[tuple[Sequence[float], Metric]] | Tensor,
+        penalised: bytes,
+        prox: bool,
+        rules: Sequence[Penalty],
+        scale: float | Tensor,
+        *,
+        masters: list[Tensor | None] | None = None,
+        keys: list[int] | Tensor | None = None,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """An optimizer's step on every row, and the penalty's gradient or prox in it.
+
+        Args:
+            states: for each kind of state, [rows]; they are changed.
+            updates: [rows] an update of triton_kernels/updates.py, by name.
+            sets: [rows] which of the `numbers` are a row's own.
+            numbers: of each set, or float64 [sets, 12] on the device: the 9 of updates.py, and the
+                metric's numerator, factor and offset.
+            penalised: [rows] 1 or 0.
+            scale: what the penalty's gradient is multiplied by.
+            masters: [rows] float32 weights that are read and written in their tensor's place, which
+                holds them rounded, or None.
+            keys: [rows] 32 bits each, from which bfloat16 tensors are rounded stochastically.
+            grad_scale: what gradients are divided by, one number on the device.
+            found_inf: the same; where it is not 0, nothing is changed.
+
+        Returns:
+            The value, each rule's, and how many penalised weights are 0 now, on the device; None
+            where it cannot be one sweep, and nothing was done.
+        """
+        if pack.anchors is not None:
+            return None
+        rows, known = len(tensors), load().UPDATES
+        if unknown := {*updates} - known.keys():
+            raise ValueError(f"expected updates of {[*known]}, got {unknown}")
+        for k in range(max(known[name].states for name in {*updates})):
+            there = states[k] if k < len(states) else [None] * rows
+            for i, (t, name) in enumerate(zip(there, updates, strict=True)):
+                if t is None and known[name].states > k:
+                    raise ValueError(f"row {i}: a state is missing")
+        state = self._state(pack, tensors)
+        shown = state.look.with_own_gradients(tensors)
+        if shown.present != rows:
+            raise ValueError("a gradient is missing")
+        beside = state.look_at_states(states, masters or [None] * rows)
+        if shown.others or state.look.separate_tensors(tensors)[1] or beside is None:
+            return None
+        none = [bytes(8 * rows)] * (3 - len(states))
+        values, zeros = state.layout.step(
+            [shown.tensors, shown.gradients, *beside.states, *none],
+            updates,
+            beside.float32,
+            sets,
+            _sets(numbers),
+            penalised,
+            prox,
+            self._strengths(state, pack, rules),
+            _on_device(scale, pack),
+            masters=beside.masters,
+            keys=_keys(keys),
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+        )
+        torch.autograd.graph.increment_version(tensors)
+        return values[0], values[1:], zeros
+
     def stats(self, pack: Pack, tensors: list[Tensor]) -> Tensor:
         state = self._state(pack, tensors)
         return state.layout.stats(state.look.tensors(tensors))
@@ -217,6 +306,21 @@ def _numbers(metrics: Sequence[Metric], device: torch.device) -> Tensor | bytes:
         with torch.no_grad():
             return torch.stack([_column(c, device) for c in zip(*rows, strict=True)], dim=1)
     return array("d", [x for row in rows for x in row]).tobytes()
+
+
+def _sets(numbers: list[tuple[Sequence[float], Metric]] | Tensor) -> Tensor | bytes:
+    """[sets, 12] float64."""
+    if isinstance(numbers, Tensor):
+        return numbers
+    flat = array("d")
+    for own, metric in numbers:
+        flat.extend([*own, *[0.0] * (9 - len(own))])
+        flat.extend([metric.numerator, metric.factor, metric.offset])
+    return flat.tobytes()
+
+
+def _keys(keys: list[int] | Tensor | None) -> Tensor | bytes | None:
+    return array("q", keys).tobytes() if isinstance(keys, list) else keys
 
 
 def _column(numbers: Sequence[Number], device: torch.device) -> Tensor:
