@@ -126,7 +126,9 @@ def stepper(pack: Pack) -> Any:
 
     Native CUDA has no such sweep: Triton's serves its tensors where nobody asked for a backend.
     """
-    b = choose(pack).backend
-    if not hasattr(b, "step") and requested() == "auto":
-        b = backend("triton", pack.device.type)
-    return b if hasattr(b, "step") and (b.missing() or b.refuses(pack)) is None else None
+    if hasattr(chosen := choose(pack).backend, "step"):
+        return chosen
+    if requested() != "auto" or pack.irregular is not None:
+        return None
+    b = backend("triton", pack.device.type)
+    return b if (b.missing() or b.refuses(pack)) is None else None

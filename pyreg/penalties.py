@@ -63,7 +63,7 @@ def check_weight(weight: Tensor, dtype: torch.dtype, name: str) -> None:
         return
     w = weight.detach().to(reference.compute_dtype(dtype))
     if not ((w >= 0) & w.isfinite()).all():
-        raise ValueError(f"{name}: has elements that are not finite numbers >= 0")
+        raise ValueError(f"{name} has elements that are not finite numbers >= 0")
 
 
 def _as_float(name: str, x: Real) -> float:

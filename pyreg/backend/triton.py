@@ -186,7 +186,7 @@ class TritonBackend:
         scale: float | Tensor,
         *,
         masters: list[Tensor | None] | None = None,
-        keys: list[int] | Tensor | None = None,
+        keys: list[int | None] | Tensor | None = None,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -202,7 +202,8 @@ class TritonBackend:
             scale: what the penalty's gradient is multiplied by.
             masters: [rows] float32 weights that are read and written in their tensor's place, which
                 holds them rounded, or None.
-            keys: [rows] 32 bits each, from which bfloat16 tensors are rounded stochastically.
+            keys: [rows] 32 bits each, from which bfloat16 tensors are rounded stochastically; such
+                tensors all or none.
             grad_scale: what gradients are divided by, one number on the device.
             found_inf: the same; where it is not 0, nothing is changed.
 
@@ -210,7 +211,10 @@ class TritonBackend:
             The value, each rule's, and how many penalised weights are 0 now, on the device; None
             where it cannot be one sweep, and nothing was done.
         """
-        if pack.anchors is not None:
+        mixed = isinstance(keys, list) and any(
+            key is None and t.dtype == torch.bfloat16 for key, t in zip(keys, tensors, strict=True)
+        )
+        if pack.anchors is not None or mixed:
             return None
         rows, known = len(tensors), load().UPDATES
         if unknown := {*updates} - known.keys():
@@ -319,8 +323,8 @@ def _sets(numbers: list[tuple[Sequence[float], Metric]] | Tensor) -> Tensor | by
     return flat.tobytes()
 
 
-def _keys(keys: list[int] | Tensor | None) -> Tensor | bytes | None:
-    return array("q", keys).tobytes() if isinstance(keys, list) else keys
+def _keys(keys: list[int | None] | Tensor | None) -> Tensor | bytes | None:
+    return array("q", [k or 0 for k in keys]).tobytes() if isinstance(keys, list) else keys
 
 
 def _column(numbers: Sequence[Number], device: torch.device) -> Tensor:
