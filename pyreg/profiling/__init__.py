@@ -13,7 +13,7 @@ from .environment import Environment, environment
 from .measure import measure
 from .model import Profile, profile
 from .parameters import Parameters, allocate
-from .record import Record, Row
+from .record import Record, Row, load
 from .timing import Interrupted
 from .ways import LIMITS, WAYS, Way
 from .workloads import WORKLOADS, Workload
@@ -32,6 +32,7 @@ __all__ = [
     "Workload",
     "allocate",
     "environment",
+    "load",
     "measure",
     "profile",
 ]

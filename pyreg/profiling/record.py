@@ -155,3 +155,20 @@ def find(rows: Sequence[Row], workload: str, penalty: str, way: str) -> Row | No
         if (row.workload, row.penalty, row.way) == (workload, penalty, way):
             return row if row.seconds is not None else None
     return None
+
+
+def load(path: Path) -> Record:
+    """What `to_json` wrote, also what an earlier version did.
+
+    Raises:
+        ValueError: (naming the file) it is no record.
+    """
+    try:
+        data = json.loads(path.read_text())
+        rows = tuple(Row(**{k: v for k, v in row.items() if k in _FIELDS}) for row in data["rows"])
+        return Record(Environment(**data["environment"]), rows)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: no record of pyreg.profiling ({error!r})") from error
+
+
+_FIELDS = {f.name for f in fields(Row)}
