@@ -48,7 +48,7 @@ def draw(record: Record) -> Any:
         xs = [min(x for x, _ in found.values()) / 1.5, max(x for x, _ in found.values()) * 3]
         axes.plot(xs, [bandwidth * x for x in xs], color=GREY)
         axes.annotate(
-            f"{bandwidth / 1e9:.0f} GB/s", (xs[0] * 1.4, bandwidth * xs[0] * 1.4), (-8, 8),
+            f"{bandwidth / 1e9:.0f} GB/s", (xs[1] / 2, bandwidth * xs[1] / 2), (-6, 6),
             textcoords="offset points", ha="right", color=GREY,
         )  # fmt: skip
         lowest: dict[float, float] = {}  # labels of one column, so that they do not overlap
