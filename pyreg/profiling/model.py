@@ -77,10 +77,15 @@ class Profile(Record):
         """Which way is best for this model, in one sentence."""
         first = self.rows[0]
         found = {"the least cost is": self.best(), "for exact zeros": self.best(exact_zeros=True)}
-        said = [f"{why} {_CALL[row.way]}, which {_adds(row)}" for why, row in found.items() if row]
+        update = next((row for row in self.rows if row.way == UPDATE), None)
+        said = [
+            f"{why} {_CALL[row.way]}, which {_adds(row, update)}"
+            for why, row in found.items()
+            if row
+        ]
         loop = next((row for row in self.rows if row.way == "loop" and row.adds is not None), None)
         if loop not in (None, self.best()):
-            said.append(f"the loop {_adds(loop)}")
+            said.append(f"the loop {_adds(loop, update)}")
         if not said:
             return "Nothing was measured that regularizes this model."
         size = megabytes(self.parameter_bytes)
@@ -120,7 +125,10 @@ class Profile(Record):
         return super().to_json(None if path is None else Path(path))
 
 
-def _adds(row: Row) -> str:
+def _adds(row: Row, update: Row | None) -> str:
+    """What it adds, unless that is less than the spread of what it is compared with."""
+    if row.job.startswith("update") and row.p10 <= update.p90 and update.p10 <= row.p90:
+        return "adds nothing to torch's fused AdamW that its spread would not hide"
     if row.adds < 0:
         return f"saves {milliseconds(-row.adds)} ms of torch's fused AdamW"
     share = "" if row.share is None else f" ({percent(row.share)} of a step)"
