@@ -68,7 +68,7 @@ def geometry() -> Figure:
     figure = blank(13, 4.8)
     best = torch.tensor([1.6, 0.7], dtype=torch.float64)
     curvature = torch.tensor([1.0, 1.6], dtype=torch.float64)
-    grid = torch.linspace(-2.2, 2.6, 241, dtype=torch.float64)
+    grid = torch.linspace(-1.6, 3.6, 261, dtype=torch.float64)
     x, y = torch.meshgrid(grid, grid, indexing="xy")
     loss = 0.5 * (curvature[0] * (x - best[0]) ** 2 + curvature[1] * (y - best[1]) ** 2)
     cases = {

@@ -111,6 +111,17 @@ def test_what_cannot_be_compared(bench, tmp_path, capsys, arguments, message):
     assert re.search(message, capsys.readouterr().err)
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no checkout: there are no commits")
+def test_two_commits_are_built_and_compared(bench, monkeypatch, capsys):
+    """The same one twice, without its native library: as many rows as ways."""
+    monkeypatch.setenv("PYREG_BUILD", "none")
+    status = bench["compare"].main(["HEAD", "HEAD", "--workloads", "tiny", "--rounds", "1"])
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert status == 0
+    names = ["tiny, pyreg in the loss", "tiny, accumulate_", "tiny, prox_"]
+    assert [line.split("  ")[0] for line in lines] == names
+
+
 def test_what_runs_beside_each_commit(monkeypatch):
     """Its own process, given a tiny workload; a wrong sweep ends it."""
     import subprocess

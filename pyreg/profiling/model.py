@@ -87,7 +87,8 @@ class Profile(Record):
         if loop not in (None, self.best()):
             said.append(f"the loop {_adds(loop, update)}")
         if not said:
-            return "Nothing was measured that regularizes this model."
+            stopped = "" if self.complete else " before it was stopped"
+            return f"Nothing was measured that regularizes this model{stopped}."
         size = megabytes(self.parameter_bytes)
         of = f"For {first.workload} ({first.tensors:,} tensors, {size} MB) with {self.penalty}"
         stopped = "" if self.complete else " (stopped before all was measured)"
