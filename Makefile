@@ -11,7 +11,7 @@ NATIVE_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu'
 CXX_FOUND := $(shell command -v $${CXX:-c++} || command -v g++ || command -v clang++)
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: demo test ctest wheel-test lint format bench gpu-check gpu-wheels doctor clean
+.PHONY: demo test ctest wheel-test lint format bench docs gpu-check gpu-wheels doctor clean
 
 demo: $(VENV)/built
 	$(PY) -P -m pyreg demo
@@ -50,6 +50,11 @@ format: $(VENV)/installed
 # Every figure in the README, on this machine; takes some minutes.
 bench: $(VENV)/built
 	$(PY) -m bench
+
+# The documents as a site in build/site, with their pictures drawn anew.
+docs: $(VENV)/built
+	$(PY) -P docs/figures.py
+	$(PY) -P -m mkdocs build --strict
 
 # All that needs a GPU, in one command without a network: `make gpu-check OUT=folder WHEELS=folder`.
 # DRY_RUN=1 walks its steps on a machine without one.

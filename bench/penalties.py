@@ -22,8 +22,8 @@ from pyreg import reference, text
 from pyreg.metric import Metric
 from pyreg.penalties import PENALTIES, Penalty
 from pyreg.profiling import WORKLOADS, Environment, allocate, environment
+from pyreg.profiling.parameters import Parameters
 from pyreg.profiling.timing import by_turns
-from pyreg.profiling.workloads import Parameters
 
 RESULTS = Path(__file__).parent / "results" / "penalties.csv"
 EXAMPLES = (

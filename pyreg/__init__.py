@@ -51,6 +51,16 @@ __all__ = [
     "optim",
     "penalty",
     "priors",
+    "profile",
     "schedules",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """`profile` is imported when it is first asked for."""
+    if name == "profile":
+        from .profiling import profile
+
+        return profile
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

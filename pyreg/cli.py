@@ -1,4 +1,4 @@
-"""The command `pyreg`: doctor, demo."""
+"""The command `pyreg`: doctor, profile, demo."""
 
 from __future__ import annotations
 
@@ -6,25 +6,36 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import pyreg
+from . import __version__
+from .profiling import command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="pyreg", description="Weight penalties in one sweep.")
-    parser.add_argument("--version", action="version", version=f"pyreg {pyreg.__version__}")
+    parser.add_argument("--version", action="version", version=f"pyreg {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("doctor", help="what is available here, what is missing, how to get it")
+    doctor = commands.add_parser("doctor", help="what is available here, and whether it works")
+    doctor.set_defaults(run=_doctor)
+    command.add_to(commands)
     demo = commands.add_parser("demo", help="train on real data and measure what a penalty costs")
+    demo.set_defaults(run=_demo)
     demo.add_argument(
         "--out", type=Path, default=Path("demo-output"), help="folder for results (%(default)s)"
     )
     arguments = parser.parse_args(argv)
-    if arguments.command == "doctor":
-        from .doctor import diagnose
+    return arguments.run(arguments)
 
-        print(diagnose())
-        return 0
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from .doctor import diagnose, examine
+
+    checks = examine()
+    print(diagnose(checks))
+    return 0 if all(check.passed for check in checks) else 1
+
+
+def _demo(arguments: argparse.Namespace) -> int:
     from .demo import run
 
     run(arguments.out)

@@ -1,4 +1,4 @@
-"""What `pyreg doctor` prints: what is available on this machine, what is missing, how to get it."""
+"""What `pyreg doctor` prints: what is available here, what works, how to get what is missing."""
 
 from __future__ import annotations
 
@@ -6,16 +6,74 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from . import __version__
 from .backend import cuda, native
-from .dispatch import BackendError, backends, requested
+from .dispatch import BackendError, backends, requested, use_backend
+from .penalties import ElasticNet
+from .profiling.ways import serving
+from .reference import compute_dtype
+from .regularizer import Regularizer
 from .text import table
 
+_SIZES = (0, 1, 7, 4097)  # elements
 
-def diagnose() -> str:
+
+@dataclass(frozen=True)
+class Check:
+    """A tiny sweep of one backend, compared with the formulas in float64."""
+
+    backend: str
+    device: str
+    passed: bool
+    detail: str
+
+
+def examine() -> list[Check]:
+    """Each backend that serves here, on each kind of device: accumulate_ and prox_."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return [_check(b, device) for device in devices for b in [*serving(device), "torch"]]
+
+
+def _check(backend: str, device: str) -> Check:
+    try:
+        off = max(_error(backend, device, dtype) for dtype in (torch.float32, torch.bfloat16))
+    except Exception as error:  # whatever it is, the report goes on
+        said = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        return Check(backend, device, False, said)
+    agrees = off <= 1.0  # NaN does not
+    return Check(backend, device, agrees, "agrees" if agrees else f"{off:.1g} x its bound off")
+
+
+def _error(backend: str, device: str, dtype: torch.dtype) -> float:
+    """The largest error of value, gradient and prox, over 4 units of roundoff (a value: 1e-6)."""
+    penalty = ElasticNet(0.5, 0.25)
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(n, generator=generator).to(device, dtype) for n in _SIZES]
+    tensors = [t.requires_grad_() for t in tensors]
+    exact = [t.detach().double() for t in tensors]
+    for t in tensors:
+        t.grad = torch.zeros_like(t)
+    with use_backend(backend):
+        regularizer = Regularizer([(f"{i}", t) for i, t in enumerate(tensors)], penalty)
+        value = regularizer.accumulate_().double().item()
+        regularizer.prox_(0.5)
+    expected = sum(penalty.value(w).item() for w in exact)
+    errors = [abs(value - expected) / expected / 1e-6]
+    bound = 2 * torch.finfo(dtype).eps
+    for t, w in zip(tensors, exact, strict=True):
+        for found, right in ((t.grad, penalty.grad(w)), (t.detach(), penalty.prox(w, 0.5))):
+            if w.numel():
+                off = (found.to(compute_dtype(dtype)).double() - right).abs().max()
+                errors.append((off / right.abs().max() / bound).item())
+    return float("nan") if any(e != e for e in errors) else max(errors)
+
+
+def diagnose(checks: Sequence[Check] = ()) -> str:
     """A report as text."""
     lines = [
         f"pyreg {__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
@@ -49,7 +107,11 @@ def diagnose() -> str:
                 "built without OpenMP: one thread; install libgomp (GCC) or libomp (Clang) and "
                 "reinstall pyreg"
             )
-    return "\n".join([*lines, *_about_cuda()])
+    lines += _about_cuda()
+    if checks:
+        rows = [[c.backend, c.device, "passed" if c.passed else "FAILED", c.detail] for c in checks]
+        lines += ["", table(["self-test", "device", "result", "against float64"], rows)]
+    return "\n".join(lines)
 
 
 def _about_cuda() -> list[str]:

@@ -25,17 +25,18 @@ def run(out: Path) -> None:
         raise SystemExit(f'pyreg demo needs {" and ".join(missing)}: pip install "pyreg[demo]"')
     from rich.console import Console
 
+    from ..profiling.progress import progress
     from . import digits, figure, overhead, show, sparsity
 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False)
     console.print(_backend_line(), markup=False, soft_wrap=True)
-    with show.progress(console) as progress:
+    with progress(console) as begin:
         data = digits.load()
-        trainings = _train(data, progress)
-        curves = sparsity.curves(data, progress("digits, accuracy against zeros"))
-        record = overhead.measure_all(progress)
+        trainings = _train(data, begin)
+        curves = sparsity.curves(data, begin("digits, accuracy against zeros"))
+        record = overhead.measure_all(begin)
     show.digits_table(console, trainings)
     show.sparsity_table(console, curves)
     show.overhead_tables(console, record)

@@ -1,13 +1,11 @@
-"""The demo in the terminal: a progress bar while it works, tables when it is done."""
+"""The demo in the terminal: tables of what was found."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -17,31 +15,6 @@ from . import sparsity
 from .digits import EPOCHS, LAM, Training, largest_differences
 from .overhead import PENALTIES
 from .sparsity import Curve
-
-Task = Callable[[str, float], None]
-
-
-@contextmanager
-def progress(console: Console) -> Iterator[Callable[[str], Task]]:
-    """Gives a function that begins a bar and returns what is told (what goes on, share done)."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[what]}", style="dim"),
-    )
-    # No thread that draws: beside other threads backward does not add to gradients in place.
-    with Progress(*columns, console=console, auto_refresh=False) as bars:
-
-        def begin(title: str) -> Task:
-            task = bars.add_task(f"{title:<32}", total=1.0, what="")
-
-            def tell(what: str, share: float) -> None:
-                bars.update(task, completed=share, what="" if share >= 1 else what, refresh=True)
-
-            return tell
-
-        yield begin
 
 
 def digits_table(console: Console, trainings: Sequence[Training]) -> None:

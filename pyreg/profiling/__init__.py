@@ -1,6 +1,8 @@
 """What a penalty costs: every way to regularize, checked, timed and set against the machine.
 
-    parameters = allocate(WORKLOADS["gpt2"])
+    print(pyreg.profile(model, pyreg.L1(1e-5), step=train_step).table())
+
+    parameters = allocate(WORKLOADS["gpt2"])  # or what that is made of
     rows = measure(parameters, pyreg.L1(1e-5))
     print(Record(environment(), tuple(rows)).table())
 
@@ -9,21 +11,28 @@ Imports neither matplotlib nor rich; `plot` imports matplotlib when it draws.
 
 from .environment import Environment, environment
 from .measure import measure
-from .record import Record, Row
+from .model import Profile, profile
+from .parameters import Parameters, allocate
+from .record import Record, Row, load
+from .timing import Interrupted
 from .ways import LIMITS, WAYS, Way
-from .workloads import WORKLOADS, Parameters, Workload, allocate
+from .workloads import WORKLOADS, Workload
 
 __all__ = [
     "LIMITS",
     "WAYS",
     "WORKLOADS",
     "Environment",
+    "Interrupted",
     "Parameters",
+    "Profile",
     "Record",
     "Row",
     "Way",
     "Workload",
     "allocate",
     "environment",
+    "load",
     "measure",
+    "profile",
 ]

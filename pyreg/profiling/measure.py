@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from ..penalties import Penalty
-from .check import Disagreement, Errors, Expected, check
-from .kernels import kernels
+from ..reference import FORMULAS
+from .check import Disagreement, Expected, check
+from .kernels import kernels, trace_of
 from .memory import peak_extra_bytes
+from .parameters import Parameters
+from .peers import NotWritten
 from .record import Row
-from .timing import Timing, by_turns, host_seconds
-from .ways import LIMITS, WAYS, Run, Way, on_backend
-from .workloads import Parameters
+from .timing import Interrupted, Timing, by_turns, host_seconds
+from .ways import LIMITS, STEP, WAYS, Run, Way, on_backend
 
 MOST_PROFILED = 1000  # tensors: the loop's launches are many times as many, and slow to read out
 _LONG = 0.2  # seconds: a run that takes longer is repeated less often
+_WITH_GRADIENT = ("gradient", "update + gradient")  # jobs
 Tell = Callable[[str, float], None]  # what is going on, share done
 
 
@@ -29,19 +33,48 @@ def measure(
     fewest: int = 5,
     tell: Tell = lambda what, share: None,
     backends: Sequence[str] = (),
+    step: Callable[[], object] | None = None,
+    trace: Path | None = None,
 ) -> list[Row]:
     """A row per way, and one per limit of the machine on the same memory.
 
     Args:
         parameters: with gradients that exist; both come back as they were, apart from gradients,
-            which end as sums of penalties.
+            which end as zeros.
         penalty: what every way computes.
         ways: names in WAYS; the limits are always measured.
         rounds, seconds, fewest: see `by_turns`.
         tell: is told what is going on and the share done.
         backends: measure pyreg's ways on each of these; by default on the one that serves.
+        step: a training step without a penalty, to be measured beside them.
+        trace: where to write a Chrome trace of one run of each.
+
+    Raises:
+        Interrupted: Ctrl-C; with the rows as far as they were measured.
     """
-    device = parameters.device
+    chosen = _chosen(parameters, ways, backends)
+    if step is not None:
+        chosen.insert(0, Way(STEP, "step", lambda *_: lambda: discard(step()), None))
+    rows = {way.name: _row(way, parameters, penalty) for way in chosen}
+    try:
+        runs = _prepare_all(chosen, parameters, penalty, rows, tell)
+        budget = rounds, seconds, fewest
+        _time_all(runs, chosen, parameters, rows, budget, tell)
+        _look_at_all(runs, parameters, rows, tell)
+        if trace is not None:
+            tell("trace", 1.0)
+            trace_of(runs, trace, parameters.device)
+    except KeyboardInterrupt:
+        raise Interrupted(list(rows.values())) from None
+    tell("done", 1.0)
+    return list(rows.values())
+
+
+def discard(result: object) -> None:
+    """So that a step returns no value to be checked."""
+
+
+def _chosen(parameters: Parameters, ways: Sequence[str], backends: Sequence[str]) -> list[Way]:
     chosen = [WAYS[name] for name in WAYS if name in ways and name not in LIMITS]
     if backends:
         chosen = [
@@ -51,53 +84,14 @@ def measure(
                 [on_backend(way, b) for b in backends] if way.name.startswith("pyreg") else [way]
             )
         ]
-    chosen += [WAYS[name] for name in LIMITS if WAYS[name].refuses(parameters) is None]
-    rows = {way.name: _row(way, parameters, penalty) for way in chosen}
-    of_name = {way.name: way for way in chosen}
-    runs: dict[str, Run] = {}
-    expected = Expected(parameters, penalty)
-    for i, way in enumerate(chosen):
-        tell(f"checking {way.name}", 0.5 * i / len(chosen))
-        try:
-            runs[way.name], found = _prepare(way, parameters, penalty, expected)
-        except Exception as error:  # a peer that cannot run here is a row, not the end
-            if way.name.startswith("pyreg"):
-                raise
-            rows[way.name] = replace(rows[way.name], note=_reason(error))
-        else:
-            rows[way.name] = replace(rows[way.name], **found)
-    timings = by_turns(
-        runs,
-        rounds,
-        seconds,
-        fewest,
-        lambda name, share: tell(f"timing {name}", 0.5 + 0.4 * share),
-        device,
-    )
-    fastest = _fastest_limits(timings)
-    for i, (name, run) in enumerate(runs.items()):
-        tell(f"memory of {name}", 0.9 + 0.1 * i / len(runs))
-        rows[name] = replace(
-            _timed(rows[name], of_name[name], timings[name], parameters, fastest),
-            extra_bytes=peak_extra_bytes(
-                run, tries=1 if timings[name].median > _LONG else 3, device=device
-            ),
-        )
-        if device.type == "cuda":
-            samples = 3 if timings[name].median > _LONG else 31
-            rows[name] = replace(rows[name], host_seconds=host_seconds(run, samples))
-            if of_name[name].name.startswith("pyreg") or len(parameters.tensors) <= MOST_PROFILED:
-                rows[name] = replace(rows[name], kernels=len(kernels(run)))
-    expected.restore(parameters)
-    tell("done", 1.0)
-    return list(rows.values())
+    return chosen + [WAYS[name] for name in LIMITS if WAYS[name].refuses(parameters) is None]
 
 
 def _row(way: Way, parameters: Parameters, penalty: Penalty) -> Row:
     workload = parameters.workload
     return Row(
         workload=workload.name,
-        dtype=str(workload.dtype).removeprefix("torch."),
+        dtype=" + ".join(str(dtype).removeprefix("torch.") for dtype in workload.dtypes),
         tensors=len(workload.shapes),
         elements=workload.elements,
         penalty=penalty.name,
@@ -111,13 +105,37 @@ class _Refused(Exception):
     pass
 
 
+def _prepare_all(
+    chosen: list[Way], parameters: Parameters, penalty: Penalty, rows: dict[str, Row], tell: Tell
+) -> dict[str, Run]:
+    """Each way's run, after its result was checked; what it says of itself goes into its row."""
+    runs: dict[str, Run] = {}
+    expected = Expected(parameters, penalty)
+    for i, way in enumerate(chosen):
+        tell(f"checking {way.name}", 0.5 * i / len(chosen))
+        try:
+            runs[way.name], found = _prepare(way, parameters, penalty, expected)
+        except (_Refused, NotWritten) as error:
+            rows[way.name] = replace(rows[way.name], note=f"not timed: {error}")
+        except Exception as error:  # a peer that cannot run here is a row, not the end
+            if way.name.startswith("pyreg") or way.job in ("step", "limit"):
+                raise
+            rows[way.name] = replace(rows[way.name], note=_reason(error))
+        else:
+            rows[way.name] = replace(rows[way.name], **found)
+    expected.restore(parameters)
+    return runs
+
+
 def _prepare(
     way: Way, parameters: Parameters, penalty: Penalty, expected: Expected
 ) -> tuple[Run, dict[str, object]]:
     if (why := way.refuses(parameters)) is not None:
         raise _Refused(why)
+    if way.job in _WITH_GRADIENT and FORMULAS[penalty.name].grad is None:
+        raise _Refused(f"{type(penalty).__name__} has no gradient")
     run = way.prepare(parameters, penalty)
-    errors: Errors = check(way, run, parameters, expected)
+    errors = check(way, run, parameters, expected)
     return run, {
         "first_seconds": errors.seconds,
         "value_error": errors.value,
@@ -127,34 +145,93 @@ def _prepare(
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, _Refused | Disagreement):
+    if isinstance(error, Disagreement):
         return f"not timed: {error}"
-    return f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+    first, *_ = [*str(error).strip().splitlines(), ""]
+    return f"failed: {type(error).__name__}: {first[:200]}"
+
+
+def _time_all(
+    runs: dict[str, Run],
+    chosen: list[Way],
+    parameters: Parameters,
+    rows: dict[str, Row],
+    budget: tuple[int, float, int],
+    tell: Tell,
+) -> None:
+    """All runs by turns; on Ctrl-C what has samples is kept."""
+    timings: dict[str, Timing] = {}
+    try:
+        timings = by_turns(
+            runs,
+            *budget,
+            lambda name, share: tell(f"timing {name}", 0.5 + 0.4 * share),
+            parameters.device,
+        )
+    except Interrupted as stopped:
+        timings = stopped.measured
+        raise
+    finally:
+        fastest = _fastest_limits(timings)
+        for way in chosen:
+            if way.name in timings:
+                row = rows[way.name]
+                rows[way.name] = _timed(row, way, timings[way.name], parameters, fastest)
 
 
 def _fastest_limits(timings: dict[str, Timing]) -> dict[str, float]:
-    """Seconds that the machine needs at least for a job's traffic, by job."""
+    """Seconds that the machine needs at least for a job, per N of its traffic."""
     fastest: dict[str, float] = {}
     for name in LIMITS:
         if name in timings:
-            job = WAYS[name].limit_of
-            fastest[job] = min(timings[name].median, fastest.get(job, float("inf")))
+            limit = WAYS[name]
+            seconds = timings[name].median / limit.traffic
+            fastest[limit.limit_of] = min(seconds, fastest.get(limit.limit_of, float("inf")))
     return fastest
+
+
+# The least traffic of a job, in N, and the job whose limit moves bytes as it does.
+_LEAST = {
+    "value": (1, "value"),
+    "gradient": (3, "gradient"),
+    "prox": (2, "prox"),
+    "update": (7, "gradient"),
+    "update + gradient": (7, "gradient"),
+    "update + prox": (7, "gradient"),
+}
 
 
 def _timed(
     row: Row, way: Way, timing: Timing, parameters: Parameters, fastest: dict[str, float]
 ) -> Row:
-    job = way.limit_of or row.job
-    # A limit moves the padding between tensors too, if there is any.
-    size = parameters.weights if row.job == "limit" else None
-    moved = parameters.workload.bytes if size is None else size.nbytes
-    return replace(
-        row,
-        seconds=timing.median,
-        p10=timing.p10,
-        p90=timing.p90,
-        samples=timing.samples,
-        gb_per_s=row.traffic and row.traffic * moved / timing.median / 1e9,
-        of_limit=fastest[job] / timing.median,
+    row = replace(
+        row, seconds=timing.median, p10=timing.p10, p90=timing.p90, samples=timing.samples
     )
+    # A limit moves the padding between tensors too, if there is any.
+    padded = sum(flat.weights.nbytes for flat in parameters.flats)
+    moved = padded if row.job == "limit" else parameters.workload.bytes
+    if row.traffic is not None:
+        row = replace(row, gb_per_s=row.traffic * moved / timing.median / 1e9)
+    least, limit = _LEAST.get(way.limit_of or row.job, (0, ""))
+    if way.limit_of:
+        least = way.traffic
+    if limit in fastest:
+        row = replace(row, of_limit=least * fastest[limit] / timing.median)
+    return row
+
+
+def _look_at_all(
+    runs: dict[str, Run], parameters: Parameters, rows: dict[str, Row], tell: Tell
+) -> None:
+    """Memory; on a GPU host time and kernels."""
+    device = parameters.device
+    for i, (name, run) in enumerate(runs.items()):
+        row = rows[name]
+        tell(f"memory of {name}", 0.9 + 0.1 * i / len(runs))
+        tries = 1 if row.seconds > _LONG else 3
+        row = replace(row, extra_bytes=peak_extra_bytes(run, tries=tries, device=device))
+        if device.type == "cuda":
+            row = replace(row, host_seconds=host_seconds(run, 3 if row.seconds > _LONG else 31))
+            if name.startswith("pyreg") or len(parameters.tensors) <= MOST_PROFILED:
+                row = replace(row, kernels=len(kernels(run)))
+        rows[name] = row

@@ -1,8 +1,9 @@
-"""Peak memory of one run, beyond what the process held before it."""
+"""Memory: what is free, and the peak of one run beyond what the process held before it."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 _REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
+_MEMORY = Path("/proc/meminfo")
 
 
 def peak_extra_bytes(
@@ -30,12 +32,26 @@ def peak_extra_bytes(
         return None
 
 
+def free_bytes(device: torch.device | str = "cpu") -> int | None:
+    """Bytes that could be had on this device now; None where the system does not say."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return _kilobytes(_MEMORY)["MemAvailable"]
+    except (OSError, KeyError):
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
 def _one(run: Callable[[], object]) -> int:
     _give_back_free_memory()
-    before = _status()["VmRSS"]
+    before = _kilobytes(_STATUS)["VmRSS"]
     _REFS.write_text("5")  # the peak starts at what is resident now
     run()
-    return max(0, _status()["VmHWM"] - before)
+    return max(0, _kilobytes(_STATUS)["VmHWM"] - before)
 
 
 def _one_on_gpu(run: Callable[[], object]) -> int:
@@ -46,9 +62,9 @@ def _one_on_gpu(run: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _status() -> dict[str, int]:
-    """Bytes by name."""
-    lines = (line.split() for line in _STATUS.read_text().splitlines())
+def _kilobytes(path: Path) -> dict[str, int]:
+    """Bytes by name, of the lines that count in kB."""
+    lines = (line.split() for line in path.read_text().splitlines())
     return {words[0].rstrip(":"): 1024 * int(words[1]) for words in lines if words[-1:] == ["kB"]}
 
 

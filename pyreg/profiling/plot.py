@@ -1,12 +1,18 @@
-"""Bars of milliseconds. Draws on axes that the caller made, so matplotlib is not imported here."""
+"""Bars of milliseconds, on axes that the caller made; and the figure of a profile.
+
+matplotlib is imported when a figure is drawn.
+"""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .record import Row, milliseconds
+from .record import Row, megabytes, milliseconds
+
+if TYPE_CHECKING:
+    from .model import Profile
 
 INK = "#293241"
 GREY = "#8d99ae"
@@ -53,17 +59,59 @@ def bars(axes: Any, rows: Sequence[Row], labels: Mapping[str, str]) -> None:
                     axes.text(left * 1.1, middle, _wrapped(row.note), va="center", color=GREY)
                 continue
             ms, low, high = 1e3 * row.seconds, 1e3 * row.p10, 1e3 * row.p90
-            colour = (PYREG if row.way.startswith("pyreg") else PEER)[k % 2]
-            axes.barh(y, ms - left, height * 0.92, left=left, color=colour)
+            axes.barh(y, ms - left, height * 0.92, left=left, color=_colour(row, k))
             axes.plot([low, high], [y, y], color=INK, linewidth=1)
             axes.text(
-                max(ms, high) * 1.06, y, f"{milliseconds(row.seconds)} ms, {label}",
+                max(ms, high) * 1.06, y, f"{milliseconds(row.seconds)} ms{label and ', '}{label}",
                 va="center", fontsize=8, color=INK,
             )  # fmt: skip
     axes.set_yticks(range(len(ways)), ways)
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds (log scale), median, 10-90 %")
     style(axes)
+
+
+def profile_figure(profile: Profile) -> Any:
+    """Time and memory of each way, side by side."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws without a display
+    from matplotlib.figure import Figure
+
+    rows = [row for row in profile.rows if row.job != "limit"]
+    figure = Figure(figsize=(13, 1.6 + 0.4 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    times, memory = figure.subplots(1, 2, width_ratios=(1.6, 1), sharey=True)
+    if any(row.seconds is not None for row in rows):
+        bars(times, rows, {rows[0].penalty: ""})
+    title(times, f"{rows[0].workload}, {profile.penalty}")
+    _memory_bars(memory, rows)
+    title(memory, "Memory beside the model")
+    environment = profile.environment
+    figure.supxlabel(
+        f"{environment.gpu or environment.cpu}, {environment.threads} threads, torch "
+        f"{environment.torch}, backend {environment.backend.partition(' (')[0]}",
+        fontsize=9,
+        color=GREY,
+    )
+    return figure
+
+
+def _memory_bars(axes: Any, rows: Sequence[Row]) -> None:
+    most = max((row.extra_bytes or 0 for row in rows), default=0) / 1e6
+    axes.set_xlim(0, 1.25 * most or 1)
+    for y, row in enumerate(rows):
+        if row.extra_bytes is not None:
+            axes.barh(y, row.extra_bytes / 1e6, 0.74, color=_colour(row, 0))
+            axes.text(
+                row.extra_bytes / 1e6 + 0.02 * (most or 1), y, f"{megabytes(row.extra_bytes)} MB",
+                va="center", fontsize=8, color=INK,
+            )  # fmt: skip
+    axes.tick_params(labelleft=False)
+    axes.set_xlabel("MB, at the peak of one run")
+    style(axes)
+
+
+def _colour(row: Row, k: int) -> str:
+    return (PYREG if row.way.startswith("pyreg") else PEER)[k % 2]
 
 
 def _wrapped(note: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -36,6 +36,8 @@ class Row:
     host_seconds: float | None = None  # on a GPU: until the call returns, the device being idle
     kernels: int | None = None  # on a GPU: launched by one run, copies and fills among them
     first_seconds: float | None = None  # the first run, with whatever it builds or compiles
+    adds: float | None = None  # seconds that a training step takes longer by this way
+    share: float | None = None  # of such a step, in 0..1, where a step was measured too
     note: str = ""  # why it was not measured, or what is wrong with its value
 
 
@@ -58,22 +60,44 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-HEAD_ON_GPU = (*HEAD, "host us", "launches")
+# What stands in a table where one of its rows has it.
+OPTIONAL: dict[str, Callable[[Row], str | None]] = {
+    "adds ms": lambda row: None if row.adds is None else milliseconds(row.adds),
+    "of the step": lambda row: None if row.share is None else percent(row.share),
+    "host us": lambda row: None if row.host_seconds is None else f"{1e6 * row.host_seconds:.0f}",
+    "launches": lambda row: None if row.kernels is None else f"{row.kernels}",
+}
 
 
-def cells_on_gpu(row: Row) -> list[str]:
-    """A row as text, under HEAD_ON_GPU."""
-    return [
-        *cells(row),
-        "" if row.host_seconds is None else f"{1e6 * row.host_seconds:.0f}",
-        "" if row.kernels is None else f"{row.kernels}",
-    ]
+def columns_of(rows: Sequence[Row]) -> list[str]:
+    """HEAD, and what else one of the rows has."""
+    return [*HEAD, *(name for name, cell in OPTIONAL.items() if any(cell(row) for row in rows))]
+
+
+def cells_under(head: Sequence[str], row: Row) -> list[str]:
+    """A row as text, under such a head."""
+    return [*cells(row), *((OPTIONAL[name](row) or "") for name in head[len(HEAD) :])]
+
+
+def table_of(rows: Sequence[Row]) -> str:
+    """A line for each row, and one for every note."""
+    head = columns_of(rows)
+    lines = [table(head, [cells_under(head, row) for row in rows], right=range(1, len(head)))]
+    return "\n".join(lines + [f"{row.way}: {row.note}" for row in rows if row.note])
 
 
 def milliseconds(seconds: float) -> str:
-    """Three significant digits, no exponent."""
+    """Three significant digits, no exponent; none below a microsecond."""
     ms = 1e3 * seconds
-    return f"{ms:.0f}" if ms >= 99.95 else f"{ms:.1f}" if ms >= 9.995 else f"{ms:.2f}"
+    size = abs(ms)
+    if size < 0.9995:
+        return f"{ms:.3f}"
+    return f"{ms:.0f}" if size >= 99.95 else f"{ms:.1f}" if size >= 9.995 else f"{ms:.2f}"
+
+
+def percent(share: float) -> str:
+    """One digit behind the point below 10 %."""
+    return f"{100 * share:.1f} %" if abs(share) < 0.0995 else f"{100 * share:.0f} %"
 
 
 def megabytes(n: int) -> str:
@@ -98,13 +122,7 @@ class Record:
         """A plain-text table for each workload and penalty."""
         parts = [str(self.environment)]
         for (workload, penalty), rows in self.groups().items():
-            lines = [f"{workload}, {penalty}"]
-            cell, head = cells, HEAD
-            if any(row.host_seconds is not None for row in rows):
-                cell, head = cells_on_gpu, HEAD_ON_GPU
-            lines.append(table(head, [cell(row) for row in rows], right=range(1, len(head))))
-            lines += [f"{row.way}: {row.note}" for row in rows if row.note]
-            parts.append("\n".join(lines))
+            parts.append(f"{workload}, {penalty}\n{table_of(rows)}")
         return "\n\n".join(parts)
 
     def to_dict(self) -> dict:
@@ -137,3 +155,20 @@ def find(rows: Sequence[Row], workload: str, penalty: str, way: str) -> Row | No
         if (row.workload, row.penalty, row.way) == (workload, penalty, way):
             return row if row.seconds is not None else None
     return None
+
+
+def load(path: Path) -> Record:
+    """What `to_json` wrote, also what an earlier version did.
+
+    Raises:
+        ValueError: (naming the file) it is no record.
+    """
+    try:
+        data = json.loads(path.read_text())
+        rows = tuple(Row(**{k: v for k, v in row.items() if k in _FIELDS}) for row in data["rows"])
+        return Record(Environment(**data["environment"]), rows)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: no record of pyreg.profiling ({error!r})") from error
+
+
+_FIELDS = {f.name for f in fields(Row)}

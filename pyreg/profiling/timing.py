@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -21,6 +22,14 @@ class Timing:
     p10: float
     p90: float
     samples: int
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, with what was measured until then."""
+
+    def __init__(self, measured: Any) -> None:
+        super().__init__()
+        self.measured = measured
 
 
 def summarize(seconds: list[float]) -> Timing:
@@ -54,8 +63,28 @@ def by_turns(
         fewest: samples allow; these are then spread evenly over the rounds.
         tell: is told the name of what runs and the share done.
         device: where the runs' tensors are.
+
+    Raises:
+        Interrupted: Ctrl-C; with the timings of what has samples.
     """
     measure = _seconds if torch.device(device).type == "cpu" else _device_seconds
+    samples: dict[str, list[float]] = {}
+    try:
+        _take_samples(samples, runs, rounds, seconds, fewest, tell, measure)
+    except KeyboardInterrupt:
+        raise Interrupted({name: summarize(s) for name, s in samples.items() if s}) from None
+    return {name: summarize(s) for name, s in samples.items()}
+
+
+def _take_samples(
+    samples: dict[str, list[float]],
+    runs: Mapping[str, Callable[[], object]],
+    rounds: int,
+    seconds: float,
+    fewest: int,
+    tell: Callable[[str, float], None],
+    measure: Callable[[Callable[[], object], int], float],
+) -> None:
     estimates = {name: measure(run, 1) for name, run in runs.items()}
     blocks = {name: max(1, round(_BLOCK / t)) for name, t in estimates.items()}
     wanted = {
@@ -63,7 +92,7 @@ def by_turns(
         for name, t in estimates.items()
     }
     # The estimate of a long run is a sample like the others.
-    samples = {name: [t] if t >= _LONG else [] for name, t in estimates.items()}
+    samples |= {name: [t] if t >= _LONG else [] for name, t in estimates.items()}
     missing = {name: wanted[name] - len(samples[name]) for name in runs}
     for r in range(rounds):
         for name, run in runs.items():
@@ -73,7 +102,6 @@ def by_turns(
             if estimates[name] < _LONG:
                 measure(run, blocks[name])
             samples[name].append(measure(run, blocks[name]))
-    return {name: summarize(s) for name, s in samples.items()}
 
 
 def _seconds(run: Callable[[], object], times: int) -> float:

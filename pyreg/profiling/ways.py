@@ -5,6 +5,8 @@ gradient   value, and gradient added into gradients that exist (a later micro-ba
            named "..., no .grad" start from `zero_grad()`, where autograd keeps what it computed
 value      the value alone
 prox       the proximal step, in place
+step       a training step without a penalty, which the caller gives
+update     an optimizer's step without a penalty; "update + gradient" and "update + prox" with one
 limit      one torch operation on the same memory that does no more than move it
 """
 
@@ -21,11 +23,12 @@ from .. import dispatch, pack
 from ..functional import penalty as penalty_of
 from ..penalties import Penalty
 from ..regularizer import Regularizer
-from . import peers
-from .workloads import Parameters
+from . import optimizers, peers
+from .parameters import Parameters
 
 Run = Callable[[], Tensor | None]  # one run; returns the value where there is one
 PROX_STEP = 1.0
+UNCHECKED = ("limit", "step", "update")  # jobs without a penalty
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,9 @@ class Way:
     """One way to do one job to all parameters."""
 
     name: str
-    job: str  # "gradient", "value", "prox", or "limit"
+    job: str  # one of the above
     prepare: Callable[[Parameters, Penalty], Run]  # what is done once per model
-    traffic: Mapping[str, float] | float  # predicted bytes in N, by penalty if that matters
+    traffic: Mapping[str, float] | float | None  # predicted bytes in N, by penalty if that matters
     refuses: Callable[[Parameters], str | None] = field(default=lambda parameters: None)
     limit_of: str | None = None  # for a limit: the job that can be no faster
 
@@ -119,27 +122,29 @@ def _limits(kind: str, as_float32: bool) -> Callable[[Parameters, Penalty], Run]
     """
 
     def prepare(parameters: Parameters, penalty: Penalty) -> Run:
-        w, g = parameters.weights, parameters.gradients
+        pairs = [(flat.weights, flat.gradients) for flat in parameters.flats]
         if as_float32:
-            w, g = w.view(torch.float32), g.view(torch.float32)
+            pairs = [(w.view(torch.float32), g.view(torch.float32)) for w, g in pairs]
         alpha = 0 if as_float32 else 1
-        return {
-            "read": lambda: discard(w.sum()),
-            "update": lambda: discard(g.add_(w, alpha=alpha)),
-            "rewrite": lambda: discard(w.mul_(1.0)),
-            "copy": lambda: discard(g.copy_(w)),
+        operation: Callable[[Tensor, Tensor], Tensor] = {
+            "read": lambda w, g: w.sum(),
+            "update": lambda w, g: g.add_(w, alpha=alpha),
+            "rewrite": lambda w, g: w.mul_(1.0),
+            "copy": lambda w, g: g.copy_(w),
         }[kind]
+
+        def run() -> None:
+            for w, g in pairs:
+                operation(w, g)
+
+        return run
 
     return prepare
 
 
-def discard(result: object) -> None:
-    """So that a limit returns no value to be checked."""
-
-
 def _not_16_bit(parameters: Parameters) -> str | None:
-    bits = 8 * parameters.workload.dtype.itemsize
-    return None if bits == 16 else f"elements have {bits} bits"
+    bits = {8 * dtype.itemsize for dtype in parameters.workload.dtypes}
+    return None if bits == {16} else f"elements have {max(bits)} bits"
 
 
 def _make_limits() -> list[Way]:
@@ -176,6 +181,8 @@ def on_backend(way: Way, name: str) -> Way:
     return replace(way, name=f"{way.name}, {name}", prepare=prepare)
 
 
+STEP = "no penalty"  # the name of the caller's own step
+UPDATE = "AdamW, no penalty"  # of what an optimizer with the penalty inside is compared with
 WAYS = {
     way.name: way
     for way in (
@@ -207,6 +214,9 @@ WAYS = {
         Way("pyreg prox_", "prox", _prox, 2),
         Way("pyreg value", "value", _value, 1),
         Way("pyreg stats", "value", _stats, 1),
+        Way(UPDATE, "update", optimizers.plain, 7),
+        Way("pyreg AdamW, grad", "update + gradient", optimizers.with_gradient, 7),
+        Way("pyreg AdamW, prox", "update + prox", optimizers.with_prox, 7),
         *_make_limits(),
     )
 }

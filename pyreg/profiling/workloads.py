@@ -1,4 +1,4 @@
-"""Named lists of parameter shapes, built from an architecture's numbers, and memory for them.
+"""Named lists of parameter shapes, built from an architecture's numbers.
 
 A new workload is one function that yields (name, shape) and one line in WORKLOADS.
 """
@@ -6,11 +6,10 @@ A new workload is one function that yields (name, shape) and one line in WORKLOA
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
@@ -23,6 +22,7 @@ class Workload:
     title: str
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
     dtype: torch.dtype = torch.float32
+    others: Mapping[str, torch.dtype] = field(default_factory=dict)  # names of another dtype
 
     @property
     def elements(self) -> int:
@@ -31,7 +31,29 @@ class Workload:
     @property
     def bytes(self) -> int:
         """N"""
-        return self.elements * self.dtype.itemsize
+        return sum(math.prod(s) * self.dtype_of(name).itemsize for name, s in self.shapes)
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Each that occurs, once."""
+        return tuple(dict.fromkeys(self.dtype_of(name) for name, _ in self.shapes))
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return self.others.get(name, self.dtype)
+
+    def scaled(self, scale: float) -> Workload:
+        """As many tensors with about `scale` times the elements: two dimensions of each shrink."""
+        if not 0 < scale <= 1:
+            raise ValueError(f"scale: expected a number above 0 and at most 1, got {scale!r}")
+        if scale == 1:
+            return self
+        shapes = tuple((name, _shrunk(shape, math.sqrt(scale))) for name, shape in self.shapes)
+        return replace(self, title=f"{self.title}, scale {scale:g}", shapes=shapes)
+
+
+def _shrunk(shape: tuple[int, ...], factor: float) -> tuple[int, ...]:
+    first, rest = shape[:2], shape[2:]
+    return (*(max(1, round(size * factor)) if size else 0 for size in first), *rest)
 
 
 def gpt2(
@@ -173,58 +195,3 @@ WORKLOADS = {
         Workload("tiny", "6 tensors of 700, float32: to try a way", tuple(many(6, 700))),
     )
 }
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """A workload in memory: parameters and their gradients, each in one flat tensor.
-
-    The limits of the machine are measured on the flat tensors, the ways on the views into them:
-    where the system put the pages changes a bandwidth by 10 %, and so it is the same for both.
-    """
-
-    workload: Workload
-    weights: Tensor  # flat
-    gradients: Tensor  # flat
-    tensors: list[nn.Parameter]  # views of weights; each .grad is the same view of gradients
-
-    @property
-    def device(self) -> torch.device:
-        return self.weights.device
-
-    @property
-    def named(self) -> list[tuple[str, Tensor]]:
-        names = (name for name, _ in self.workload.shapes)
-        return list(zip(names, self.tensors, strict=True))
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def allocate(
-    workload: Workload, seed: int = 0, std: float = 0.02, device: torch.device | str = "cpu"
-) -> Parameters:
-    """Weights ~ Normal(0, std), from the seed, and gradients of zeros; they exist from the start.
-
-    Each tensor begins at a multiple of 64 bytes, as torch's own do.
-    """
-    places, size = [], 0
-    step = 64 // workload.dtype.itemsize
-    for _, shape in workload.shapes:
-        places.append(size)
-        size += -(-math.prod(shape) // step) * step
-    generator = torch.Generator(device).manual_seed(seed)
-    weights = torch.zeros(size, dtype=workload.dtype, device=device)
-    gradients = torch.zeros(size, dtype=workload.dtype, device=device)
-    gradients.fill_(0)  # zeros() may share one page of zeros until it is written
-    tensors = []
-    for at, (_, shape) in zip(places, workload.shapes, strict=True):
-        place = slice(at, at + math.prod(shape))
-        weights[place].normal_(0.0, std, generator=generator)
-        parameter = nn.Parameter(weights[place].view(shape))
-        parameter.grad = gradients[place].view(shape)
-        tensors.append(parameter)
-    return Parameters(workload, weights, gradients, tensors)

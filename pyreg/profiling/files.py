@@ -1,0 +1,107 @@
+"""The names, shapes and dtypes in a file of weights. Nothing in it is executed, nor kept."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..pack import SWEPT_DTYPES
+from .workloads import Workload
+
+_SAFETENSORS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_MOST = 100_000_000  # bytes of a header, as the format's own readers have it
+_WHERE = ("state_dict", "model_state_dict", "model", "module")  # checkpoints keep weights there
+_BUFFERS = ("running_mean", "running_var")  # of norms: in the file, but not parameters
+Entry = tuple[str, tuple[int, ...], torch.dtype | None]  # None: of no dtype that is swept
+
+
+def read(path: Path) -> Workload:
+    """The weights that a penalty could have, of a .safetensors file or one of torch.save.
+
+    Raises:
+        ValueError: (naming the file) it is neither, or holds no weights.
+        OSError: it cannot be read.
+    """
+    entries = _safetensors(path) if path.suffix == ".safetensors" else _saved(path)
+    kept = [
+        (name, shape, dtype)
+        for name, shape, dtype in entries
+        if dtype is not None and math.prod(shape) and name.rpartition(".")[2] not in _BUFFERS
+    ]
+    if not kept:
+        raise ValueError(f"{path}: it holds no weights of float32, float64, bfloat16 or float16")
+    dtypes = [dtype for *_, dtype in kept]
+    common = max(SWEPT_DTYPES, key=dtypes.count)
+    return Workload(
+        path.stem,
+        path.name,
+        tuple((name, shape) for name, shape, _ in kept),
+        common,
+        {name: dtype for name, _, dtype in kept if dtype != common},
+    )
+
+
+def _safetensors(path: Path) -> list[Entry]:
+    """The header: its length in 8 bytes, then JSON of {name: {dtype, shape, data_offsets}}."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(_MOST, size - 8):
+            raise ValueError(f"{path}: not a safetensors file (its header has no possible length)")
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        return [_entry(name, about) for name, about in header.items() if name != "__metadata__"]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: not a safetensors file (its header is not one)") from error
+
+
+def _entry(name: str, about: Mapping[str, Any]) -> Entry:
+    shape = tuple(about["shape"])
+    if not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(name)
+    return name, shape, _SAFETENSORS.get(about["dtype"])
+
+
+def _saved(path: Path) -> list[Entry]:
+    """What torch.save wrote, by its reader that runs no pickled code, without the numbers."""
+    with path.open("rb"):  # (else an unreadable file is said to be no archive)
+        pass
+    try:
+        found = torch.load(path, map_location="meta", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: it holds more than weights, or is no file of torch.save; save the "
+            "state_dict() alone"
+        ) from error
+    except Exception as error:  # a broken archive fails in many ways
+        raise ValueError(f"{path}: not a file of torch.save ({type(error).__name__})") from error
+    for key in _WHERE:
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{path}: expected a state_dict, got {type(found).__name__}")
+    return list(_tensors(found.items()))
+
+
+def _tensors(items: Iterable[tuple[Any, Any]]) -> Iterable[Entry]:
+    seen = set()  # tied weights are there twice, with one storage
+    for name, t in items:
+        if isinstance(t, Tensor) and t.layout == torch.strided:
+            place = (t.untyped_storage()._cdata, t.storage_offset(), t.shape)
+            if t.numel() and place in seen:
+                continue
+            seen.add(place)
+            yield str(name), tuple(t.shape), t.dtype if t.dtype in SWEPT_DTYPES else None

@@ -1,0 +1,330 @@
+"""pyreg.profile: what it says, what it leaves alone, and what it refuses before anything runs."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import pyreg
+from pyreg.penalties import PENALTIES
+from pyreg.profiling import LIMITS, WAYS, WORKLOADS, Interrupted
+from pyreg.profiling.model import memory_needed
+from pyreg.profiling.parameters import copy_of
+from pyreg.profiling.workloads import Workload
+
+L1 = pyreg.L1(1e-3)
+WITHOUT_COMPILE = [w for w in WAYS if w not in LIMITS and not w.startswith("compile")]
+FEW = {"seconds": 0.0, "rounds": 1}
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(20, 30), nn.BatchNorm1d(30), nn.Dropout(), nn.Linear(30, 4))
+
+
+def trained(net: nn.Module):
+    """(a training step of it, its optimizer)"""
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+    x, y = torch.randn(8, 20), torch.randint(0, 4, (8,))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+
+    return step, optimizer
+
+
+def test_every_way_is_measured_beside_the_step():
+    net = model()
+    result = pyreg.profile(net, L1, trained(net)[0], ways=WITHOUT_COMPILE, **FEW)
+    rows = {row.way: row for row in result.rows}
+    assert set(rows) == {"no penalty", *WITHOUT_COMPILE, *LIMITS} - {
+        name for name in LIMITS if name.endswith("as float32")
+    }
+    assert all(row.seconds > 0 and row.samples >= 1 and not row.note for row in rows.values())
+    assert all(row.p10 <= row.seconds <= row.p90 for row in rows.values())
+    step, loop = rows["no penalty"], rows["loop"]
+    assert loop.adds == loop.seconds
+    assert loop.share == loop.adds / (step.seconds + loop.adds)
+    inside = rows["pyreg AdamW, grad"]
+    assert inside.adds == inside.seconds - rows["AdamW, no penalty"].seconds
+    assert rows["pyreg value"].adds is None, "it regularizes nothing"
+    assert rows["pyreg accumulate_"].value_error <= 1e-6
+
+
+def test_the_advice_is_one_sentence_on_what_adds_least():
+    result = pyreg.profile(model(), L1, ways=WITHOUT_COMPILE, **FEW)
+    adds = {row.way: row.adds for row in result.rows}
+    gradients = [w for w in adds if WAYS[w].job in ("gradient", "update + gradient")]
+    assert result.best().way == min(gradients, key=adds.__getitem__)
+    zeros = [w for w in adds if WAYS[w].job in ("prox", "update + prox")]
+    assert result.best(exact_zeros=True).way == min(zeros, key=adds.__getitem__)
+    assert result.advice().startswith("For Sequential (6 tensors, ")
+    assert result.advice().endswith(".")
+    assert result.advice() in result.table()
+
+
+def test_what_the_spread_hides_is_said():
+    """An optimizer with the penalty inside, beside one whose runs differ from each other."""
+    result = pyreg.profile(model(), L1, ways=["pyreg AdamW, grad"], **FEW)
+
+    def beside(p10: float, p90: float) -> str:
+        rows = {row.way: row for row in result.rows}
+        rows["pyreg AdamW, grad"] = replace(
+            rows["pyreg AdamW, grad"], seconds=1.0, p10=0.9, p90=1.1, adds=-1.0
+        )
+        update = replace(rows["AdamW, no penalty"], seconds=2.0, p10=p10, p90=p90)
+        rows["AdamW, no penalty"] = update
+        return replace(result, rows=tuple(rows.values())).advice()
+
+    assert "saves 1000 ms of torch's fused AdamW" in beside(1.9, 2.1)
+    assert "that its spread would not hide" in beside(0.95, 2.1)
+
+
+def test_a_step_leaves_no_trace():
+    net = model()
+    step, optimizer = trained(net)
+    net[0].weight.grad = torch.ones_like(net[0].weight)
+    before = [t.clone() for t in net.state_dict().values()]
+    random = torch.get_rng_state()
+    grad = net[0].weight.grad
+    pyreg.profile(net, L1, step, ways=["loop"], **FEW)
+    assert all(map(torch.equal, net.state_dict().values(), before))
+    assert net[0].weight.grad is grad
+    assert torch.equal(grad, torch.ones_like(grad))
+    assert net[3].weight.grad is None
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not optimizer.state, "it had taken no step"
+    step()
+    state = {k: v.clone() for k, v in optimizer.state[net[0].weight].items()}
+    moment = optimizer.state[net[0].weight]["exp_avg"]
+    pyreg.profile(net, L1, step, ways=["loop"], **FEW)
+    assert optimizer.state[net[0].weight]["exp_avg"] is moment
+    assert all(torch.equal(optimizer.state[net[0].weight][k], v) for k, v in state.items())
+
+
+def test_a_step_that_raises_is_named_and_leaves_no_trace():
+    net = model()
+    step, _ = trained(net)
+    before = [t.clone() for t in net.state_dict().values()]
+
+    def bad() -> None:
+        step()
+        raise KeyError("batch")
+
+    with pytest.raises(RuntimeError, match="step: it raised KeyError: 'batch'"):
+        pyreg.profile(net, L1, bad, ways=["loop"], **FEW)
+    assert all(map(torch.equal, net.state_dict().values(), before))
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_every_penalty_has_ways_that_agree_with_its_formulas(name):
+    cls = PENALTIES[name]
+    strengths = {"gamma": 3.0, "a": 3.7, "delta": 0.01, "eps": 0.01}
+    penalty = cls(*(strengths.get(field, 1e-3) for field in cls.parameters))
+    result = pyreg.profile(model(), penalty, ways=WITHOUT_COMPILE, **FEW)
+    measured = {row.way for row in result.rows if row.seconds is not None}
+    assert {"pyreg prox_", "pyreg value", "pyreg AdamW, prox"} <= measured
+    assert ("pyreg accumulate_" in measured) == (name != "l0")
+    notes = {row.way: row.note for row in result.rows if row.seconds is None}
+    assert all("pyreg" not in way or name == "l0" or "stats" in way for way in notes)
+
+
+def test_a_wrong_step_of_an_optimizer_is_not_timed(monkeypatch):
+    """The check sees a penalty of another strength, and one that is left out."""
+    from pyreg.profiling import optimizers
+
+    right = optimizers._inside
+    for wrong in (pyreg.L1(2e-3), pyreg.L1(0.0)):
+        monkeypatch.setattr(
+            optimizers, "_inside", lambda p, penalty, mode, wrong=wrong: right(p, wrong, mode)
+        )
+        for way in ("pyreg AdamW, grad", "pyreg AdamW, prox"):
+            with pytest.raises(AssertionError, match="is off by"):
+                pyreg.profile(model(), L1, ways=[way], **FEW)
+
+
+def test_mixed_dtypes_and_strides_are_copied():
+    net = nn.Sequential(nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last), nn.Linear(5, 3))
+    net[1].bfloat16()
+    named = list(net.named_parameters())
+    copied = copy_of("net", named, "cpu")
+    for (_, t), p in zip(named, copied.tensors, strict=True):
+        assert p.stride() == t.stride() == p.grad.stride()
+        assert torch.equal(p, t)
+        assert p.data_ptr() != t.data_ptr()
+    assert copied.workload.bytes == sum(t.nbytes for _, t in named)
+    rows = pyreg.profile(net, L1, ways=["loop", "pyreg accumulate_", "pyreg AdamW, grad"], **FEW)
+    assert rows.rows[0].dtype == "float32 + bfloat16"
+    assert all(row.seconds is not None for row in rows.rows)
+
+
+def test_weights_of_zeros():
+    net = nn.Linear(3, 3)
+    nn.init.zeros_(net.weight)
+    nn.init.zeros_(net.bias)
+    result = pyreg.profile(net, L1, ways=WITHOUT_COMPILE, **FEW)
+    assert all(row.seconds is not None for row in result.rows)
+
+
+def test_json_and_trace(tmp_path):
+    trace = tmp_path / "trace.json"
+    result = pyreg.profile(model(), L1, ways=["loop", "pyreg prox_"], trace=trace, **FEW)
+    text = result.to_json(tmp_path / "profile.json")
+    read = json.loads((tmp_path / "profile.json").read_text())
+    assert read == json.loads(text)
+    assert read["advice"] == result.advice()
+    assert [row["way"] for row in read["rows"]] == [row.way for row in result.rows]
+    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {"loop", "pyreg prox_"} <= names
+
+
+def test_the_plot_has_a_bar_for_each_way(tmp_path):
+    pytest.importorskip("matplotlib")
+    result = pyreg.profile(model(), L1, ways=["loop", "pyreg accumulate_"], **FEW)
+    figure = result.plot(tmp_path / "p.png")
+    times, memory = figure.axes
+    assert [label.get_text() for label in times.get_yticklabels()] == ["loop", "pyreg accumulate_"]
+    assert len(times.patches) == 2
+    assert len(memory.patches) == sum(
+        row.extra_bytes is not None for row in result.rows if row.job != "limit"
+    )
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "stop_at", ["checking pyreg value", "timing pyreg value", "memory of loop"]
+)
+def test_ctrl_c_leaves_what_was_measured(stop_at):
+    told = []
+
+    def tell(what: str, share: float) -> None:
+        told.append(what)
+        if what == stop_at and told.count(what) == 2 - what.startswith(("checking", "memory")):
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted) as stopped:
+        pyreg.profile(model(), L1, ways=["loop", "pyreg value"], tell=tell, seconds=60.0, rounds=5)
+    found = stopped.value.measured
+    assert not found.complete
+    rows = {row.way: row for row in found.rows}
+    assert (rows["loop"].seconds is not None) == (not stop_at.startswith("checking"))
+    if stop_at.startswith("timing"):
+        assert 1 <= rows["loop"].samples < 5
+        assert "stopped before all was measured" in found.advice()
+    found.table()
+    found.to_json()
+
+
+def nan() -> nn.Module:
+    net = model()
+    nn.init.constant_(net[3].bias, float("nan"))
+    return net
+
+
+REFUSED = {
+    "no model": (lambda: 3, {}, TypeError, "model: expected a module or .* got 3"),
+    "no parameters": (nn.ReLU, {}, ValueError, "model: it has no parameters"),
+    "all frozen": (
+        lambda: model().requires_grad_(False),
+        {},
+        ValueError,
+        "none of its 6 parameters requires a gradient",
+    ),
+    "no pair": (lambda: [torch.ones(2)], {}, TypeError, r"model: item 0: .* got Tensor"),
+    "no elements": (
+        lambda: {"w": nn.Parameter(torch.ones(0))},
+        {},
+        ValueError,
+        "its parameters have no elements",
+    ),
+    "meta": (
+        lambda: nn.Linear(2, 2, device="meta"),
+        {},
+        ValueError,
+        r"params\[0\] \('weight'\): is on meta",
+    ),
+    "complex": (
+        lambda: {"w": nn.Parameter(torch.ones(2, dtype=torch.complex64))},
+        {},
+        TypeError,
+        r"\('w'\): expected a floating tensor",
+    ),
+    "not finite": (nan, {}, ValueError, "model: '3.bias' has elements that are not finite"),
+    "a device": (model, {"device": "mps"}, ValueError, "device: expected cpu or cuda, got mps"),
+    "a way": (model, {"ways": ["lop"]}, ValueError, "ways: 'lop' is none of 'loop', "),
+    "a name of ways": (model, {"ways": "loop"}, ValueError, "ways: expected a list of names"),
+    "a limit": (model, {"ways": ["flat.sum()"]}, ValueError, r"'flat.sum\(\)' is none of"),
+    "a step": (model, {"step": 3}, TypeError, "step: expected a callable .* got 3"),
+    "a step of shapes": (
+        lambda: WORKLOADS["tiny"],
+        {"step": lambda: None},
+        ValueError,
+        "step: a workload of shapes alone takes no training step",
+    ),
+    "a penalty": (model, {"penalty": 1e-5}, TypeError, "penalty: expected a pyreg penalty"),
+    "anchored": (
+        model,
+        {"penalty": pyreg.L2(1.0, anchor={"0.weight": torch.zeros(30, 20)})},
+        TypeError,
+        "has an anchor or weights",
+    ),
+    "a tensor's strength": (
+        model,
+        {"penalty": pyreg.L1(torch.tensor(1.0))},
+        TypeError,
+        "penalty: lam is to be a number here",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_input_is_named_before_anything_runs(name, monkeypatch):
+    make, options, error, message = REFUSED[name]
+    ran = []
+    monkeypatch.setattr("pyreg.profiling.model.measure", lambda *a, **k: ran.append(1))
+    options = {"penalty": L1, **options}
+    with pytest.raises(error, match=message):
+        pyreg.profile(make(), options.pop("penalty"), **options)
+    assert not ran
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_no_gpu():
+    with pytest.raises(ValueError, match="device: no GPU here"):
+        pyreg.profile(model(), L1, device="cuda")
+
+
+def test_more_than_there_is():
+    """Said before a byte is allocated: 8e18 of them could not be."""
+    huge = Workload("huge", "huge", (("w", (10**9, 10**9)),))
+    with pytest.raises(MemoryError, match=r"huge: .* needs about .* GB on cpu, and .* GB are free"):
+        pyreg.profile(huge, L1)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="memory is not measured")
+def test_it_needs_no_more_than_it_said():
+    """64 MB of parameters: what is kept and the largest peak of a way, against the prediction."""
+    workload = Workload("one", "one", tuple((f"{i}", (1 << 20,)) for i in range(16)))
+    ways = ["loop", "foreach", "pyreg in the loss", "pyreg AdamW, grad"]
+    result = pyreg.profile(workload, pyreg.ElasticNet(1e-5, 1e-4), ways=ways, **FEW)
+    kept = 2 + 2 + 2  # N: parameters and gradients, their check, the optimizer's states
+    peak = max(row.extra_bytes for row in result.rows)
+    assert peak > 0
+    assert kept * workload.bytes + peak <= memory_needed(workload, ways) == result.memory_bytes
+
+
+def test_scaled_workloads():
+    small = WORKLOADS["resnet"].scaled(0.01)
+    assert len(small.shapes) == len(WORKLOADS["resnet"].shapes)
+    assert 0.005 < small.elements / WORKLOADS["resnet"].elements < 0.02
+    assert WORKLOADS["gpt2"].scaled(1) is WORKLOADS["gpt2"]
+    for scale in (0.0, -1.0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="scale: expected a number above 0 and at most 1"):
+            WORKLOADS["gpt2"].scaled(scale)

@@ -1,0 +1,299 @@
+"""`pyreg profile`: what it takes, what it writes, and one sentence for every mistake of a user."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pyreg import cli, doctor
+from pyreg.profiling import WORKLOADS, Interrupted, files, model
+from pyreg.profiling.target import NAMES, penalty_of, target_of
+
+QUICK = ["--seconds", "0", "--ways", "loop", "pyreg accumulate_"]
+FACTORIES = """
+import torch
+from torch import nn
+
+def good():
+    net = nn.Linear(4, 3)
+    def step():
+        net.zero_grad()
+        net(torch.ones(2, 4)).sum().backward()
+    return net, step
+
+def alone(): return nn.Linear(4, 3)
+def fails(): raise OSError("no data here")
+def empty(): return nn.ReLU()
+def number(): return 3
+
+def bad_step():
+    net = nn.Linear(4, 3)
+    def step(): net(torch.ones(2, 5))
+    return net, step
+
+class Inner:
+    alone = staticmethod(alone)
+"""
+
+
+@pytest.fixture
+def factories(tmp_path, monkeypatch):
+    """A module of factories in the current folder, which is on no path."""
+    name = f"factories_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(FACTORIES)
+    (tmp_path / "raises_on_import.py").write_text("1 / 0")
+    monkeypatch.chdir(tmp_path)
+    yield name
+    sys.modules.pop(name, None)
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    status = cli.main(["profile", *arguments])
+    out = capsys.readouterr()
+    return status, out.out, out.err
+
+
+def test_a_workload_and_all_outputs(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    kinds = ("json", "html", "trace")
+    paths = {kind: tmp_path / f"out.{kind}" for kind in kinds}
+    options = [text for kind in kinds for text in (f"--{kind}", str(paths[kind]))]
+    penalty = ["--penalty", "elastic_net:1e-5,1e-4"]
+    status, out, _ = run(capsys, "tiny", *QUICK, *penalty, "--threads", "1", *options)
+    assert status == 0
+    assert "tiny, ElasticNet(l1=1e-05, l2=0.0001)" in out
+    read = json.loads(paths["json"].read_text())
+    assert read["advice"] in out
+    assert read["environment"]["threads"] == 1
+    page = paths["html"].read_text()
+    for row in read["rows"]:
+        assert f"<td>{row['way']}</td>" in page
+    assert "<svg" in page
+    assert not re.search(r'(src|href)="?(?!#)', page.replace("xlink:href", "")), "self-contained"
+    assert json.loads(paths["trace"].read_text())["traceEvents"]
+
+
+def test_threads_are_put_back(capsys):
+    before = torch.get_num_threads()
+    assert run(capsys, "tiny", *QUICK, "--threads", str(before + 1))[0] == 0
+    assert torch.get_num_threads() == before
+
+
+def test_scale_and_dtype(capsys):
+    status, out, _ = run(capsys, "resnet50", *QUICK, "--scale", "1e-4", "--dtype", "bfloat16")
+    assert status == 0
+    assert "For resnet50 (161 tensors, " in out
+    assert "flat.sum() as float32" in out, "16-bit elements"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "resnet50", "llama3-8b", "moe"])
+def test_the_names_that_people_know(name):
+    assert target_of(name).model.shapes == WORKLOADS[NAMES.get(name, name)].shapes
+
+
+def test_a_factory(capsys, factories):
+    status, out, _ = run(capsys, f"{factories}:good", *QUICK)
+    assert status == 0
+    assert "no penalty" in out
+    assert "of a step" in out
+    status, out, _ = run(capsys, f"{factories}:Inner.alone", *QUICK)
+    assert status == 0
+    assert "For Linear (2 tensors, " in out
+
+
+def write_safetensors(path: Path, header: object, data: bytes = b"") -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+def test_a_safetensors_file(capsys, tmp_path):
+    header = {
+        "__metadata__": {"format": "pt"},
+        "a.weight": {"dtype": "BF16", "shape": [4, 3], "data_offsets": [0, 24]},
+        "a.bias": {"dtype": "F32", "shape": [3], "data_offsets": [24, 36]},
+        "b.weight": {"dtype": "BF16", "shape": [3], "data_offsets": [0, 6]},
+        "ids": {"dtype": "I64", "shape": [2], "data_offsets": [36, 52]},
+        "bn.running_mean": {"dtype": "F32", "shape": [2], "data_offsets": [52, 60]},
+    }
+    path = write_safetensors(tmp_path / "net.safetensors", header, bytes(60))
+    found = files.read(path)
+    assert dict(found.shapes) == {"a.weight": (4, 3), "a.bias": (3,), "b.weight": (3,)}
+    assert found.dtype == torch.bfloat16
+    assert found.others == {"a.bias": torch.float32}
+    assert run(capsys, str(path), *QUICK)[0] == 0
+
+
+def test_it_reads_what_safetensors_writes(tmp_path):
+    library = pytest.importorskip("safetensors.torch")
+    net = nn.Linear(5, 2)
+    library.save_file(net.state_dict(), tmp_path / "net.safetensors")
+    found = files.read(tmp_path / "net.safetensors")
+    assert dict(found.shapes) == {"weight": (2, 5), "bias": (2,)}
+
+
+@pytest.mark.parametrize("wrap", [dict, lambda s: {"state_dict": s, "epoch": 3, "optimizer": {}}])
+def test_a_state_dict(tmp_path, wrap):
+    net = nn.Sequential(nn.Linear(5, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    state = net.state_dict()
+    state["tied"] = state["0.weight"]
+    torch.save(wrap(state), tmp_path / "net.pt")
+    found = files.read(tmp_path / "net.pt")
+    assert dict(found.shapes) == {name: tuple(p.shape) for name, p in net.named_parameters()}
+
+
+class Bomb:
+    def __reduce__(self):
+        return Path.touch, (Path("exploded"),)
+
+
+def test_no_pickle_is_executed(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"w": torch.ones(2), "bomb": Bomb()}, "net.pt")
+    Path("plain.pt").write_bytes(pickle.dumps({"bomb": Bomb()}, protocol=2))
+    for name in ("net.pt", "plain.pt"):
+        status, _, err = run(capsys, name, *QUICK)
+        assert status == 1
+        assert f"{name}: " in err
+        assert not Path("exploded").exists()
+
+
+BAD_FILES = {
+    "empty.safetensors": b"",
+    "short.safetensors": b"\x01\x02",
+    "long.safetensors": struct.pack("<Q", 1 << 60) + b"{}",
+    "text.safetensors": struct.pack("<Q", 4) + b"abcd",
+    "list.safetensors": struct.pack("<Q", 2) + b"[]",
+    "none.safetensors": struct.pack("<Q", 2) + b"{}",
+    "empty.pt": b"",
+    "text.pt": b"not an archive",
+    "zip.pt": b"PK\x03\x04 nor this",
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_file_that_is_not_what_its_name_says(name, capsys, tmp_path):
+    (tmp_path / name).write_bytes(BAD_FILES[name])
+    status, out, err = run(capsys, str(tmp_path / name), *QUICK)
+    assert (status, out) == (1, "")
+    assert re.match(rf"pyreg profile: .*{name}: .*\n$", err), err
+
+
+def test_a_negative_size(tmp_path):
+    header = {"a": {"dtype": "F32", "shape": [-1, 2], "data_offsets": [0, 8]}}
+    with pytest.raises(ValueError, match="its header is not one"):
+        files.read(write_safetensors(tmp_path / "net.safetensors", header, bytes(8)))
+
+
+MISTAKES = {
+    "a typing error": (["gpt"], "'gpt' is no workload, .*; did you mean gpt2?"),
+    "no file": (["net.safetensors"], "net.safetensors: there is no such file"),
+    "no module": (["nowhere.at_all:make"], "No module named 'nowhere'"),
+    "a module that fails": (["raises_on_import:make"], "importing .* raised ZeroDivisionError"),
+    "no factory": (["{}:lacks"], "has no attribute 'lacks'"),
+    "a factory that fails": (["{}:fails"], "{}:fails: it raised OSError: no data here"),
+    "no module made": (["{}:number"], r"expected a module, or \(.*\), got int"),
+    "no parameters": (["{}:empty"], "model: it has no parameters"),
+    "a step that raises": (["{}:bad_step"], "step: it raised RuntimeError: "),
+    "a scaled model": (["{}:alone", "--scale", "0.5"], "--scale: for a workload or a file"),
+    "a model's dtype": (["{}:alone", "--dtype", "float16"], "--dtype: for a workload or a file"),
+    "a scale": (["tiny", "--scale", "2"], "scale: expected a number above 0 and at most 1, got 2"),
+    "too large": (["moe", "--dtype", "float64", "--scale", "1"], r"; try --scale 0\.0*[1-9]$"),
+    "a penalty": (["tiny", "--penalty", "l3:1"], "--penalty: 'l3' is none of l1, l2"),
+    "a number short": (["tiny", "--penalty", "mcp:1"], "expected mcp:lam,gamma in numbers"),
+    "a strength": (["tiny", "--penalty", "l1:-1"], "--penalty: L1.lam: expected a finite number"),
+    "threads": (["tiny", "--threads", "0"], "--threads: expected a number above 0, got 0"),
+    "a device": (["tiny", "--device", "mps"], "device: expected cpu or cuda, got mps"),
+    "no device": (["tiny", "--device", "nonsense"], "nonsense"),
+    "a folder": (["tiny", "--json", "nowhere/a.json"], "--json: there is no folder .*nowhere"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_sentence(name, capsys, factories, monkeypatch):
+    monkeypatch.setattr(model, "free_bytes", lambda device: 4e9)
+    arguments, message = MISTAKES[name]
+    arguments = [text.replace("{}", factories) for text in arguments]
+    status, out, err = run(capsys, *arguments, *QUICK)
+    assert (status, out) == (1, "")
+    assert err.startswith("pyreg profile: ")
+    assert re.search(message.replace("{}", factories), err.splitlines()[0]), err
+    assert "Traceback" not in err
+
+
+def test_the_scale_that_it_offers_fits(capsys, monkeypatch):
+    monkeypatch.setattr(model, "free_bytes", lambda device: 30e6)
+    _, _, err = run(capsys, "gpt2", *QUICK)
+    (scale,) = re.findall(r"try --scale (\S+)$", err)
+    assert run(capsys, "gpt2", *QUICK, "--scale", scale)[0] == 0
+
+
+def test_without_matplotlib_html_is_refused_first(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    status, out, err = run(capsys, "tiny", *QUICK, "--html", "a.html")
+    assert (status, out) == (1, "")
+    assert '--html needs matplotlib: pip install "pyreg[profile]"' in err
+
+
+def test_ctrl_c_prints_and_writes_what_was_measured(capsys, tmp_path, monkeypatch):
+    def stopped(*args, **options):
+        raise Interrupted([row for row in measured(*args, **options) if row.way != "loop"])
+
+    measured = model.measure
+    monkeypatch.setattr(model, "measure", stopped)
+    path = tmp_path / "part.json"
+    status, out, _ = run(capsys, "tiny", *QUICK, "--json", str(path))
+    assert status == 130
+    assert "pyreg accumulate_" in out
+    assert "(stopped before all was measured)" in out
+    assert json.loads(path.read_text())["complete"] is False
+
+
+def test_ctrl_c_before_anything(capsys, monkeypatch):
+    def stopped(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "copy_of", stopped)
+    monkeypatch.setattr(model, "allocate", stopped)
+    status, out, err = run(capsys, "tiny", *QUICK)
+    assert (status, out) == (130, "")
+    assert err == "pyreg profile: stopped before anything was measured\n"
+
+
+def test_the_progress_bar(capsys, monkeypatch):
+    pytest.importorskip("rich")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    status, _, err = run(capsys, "tiny", *QUICK)
+    assert status == 0
+    assert "tiny" in err
+
+
+def test_penalties_by_name_and_numbers():
+    assert repr(penalty_of("mcp:0.1,3")) == "MCP(lam=0.1, gamma=3.0)"
+
+
+def test_the_self_test_passes_here_and_fails_for_a_wrong_sweep(capsys, monkeypatch):
+    checks = doctor.examine()
+    assert "torch" in {check.backend for check in checks}
+    assert all(check.passed for check in checks), checks
+    right = doctor.Regularizer.prox_
+    monkeypatch.setattr(doctor.Regularizer, "prox_", lambda self, step: right(self, 2 * step))
+    assert not any(check.passed for check in doctor.examine())
+    assert cli.main(["doctor"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_as_a_program(tmp_path):
+    command = [sys.executable, "-P", "-m", "pyreg", "profile", "tiny", *QUICK]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "For tiny (6 tensors, " in done.stdout

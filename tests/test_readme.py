@@ -1,0 +1,179 @@
+"""The README's figures are those of the records; and what makes them, compares them, draws them."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pyreg.profiling import Record, Row, environment, load
+from pyreg.profiling.timing import Timing
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """The package, which is not installed."""
+    monkeypatch.syspath_prepend(ROOT)
+    from bench import compare, readme, roofline, scaling
+
+    return {"compare": compare, "readme": readme, "roofline": roofline, "scaling": scaling}
+
+
+@pytest.mark.parametrize("path", ["README.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
+def test_the_figures_are_those_of_the_records(bench, path):
+    text = (ROOT / path).read_text()
+    assert bench["readme"].written(text) == text, "run `python -m bench readme`"
+
+
+def test_the_readme_has_every_section(bench):
+    marks = re.findall(r"<!-- bench: (\w+) -->", (ROOT / "README.md").read_text())
+    assert sorted(marks) == sorted(bench["readme"].SECTIONS)
+
+
+def test_another_record_makes_another_text(bench):
+    readme = bench["readme"]
+    record = load(readme.RESULTS / "cpu.json")
+    doubled = replace(record, rows=tuple(_slower(row) for row in record.rows))
+    assert readme.table(doubled) != readme.table(record)
+    assert readme.fresh(doubled) != readme.fresh(record)
+    text = "a\n<!-- bench: table -->\nold\n<!-- end -->\nb"
+    table = readme.table(record)
+    assert readme.written(text) == f"a\n<!-- bench: table -->\n{table}\n<!-- end -->\nb"
+    with pytest.raises(KeyError, match="nothing"):
+        readme.written(text.replace("table", "nothing"))
+
+
+def _slower(row: Row) -> Row:
+    return replace(row, seconds=row.seconds and 2 * row.seconds, p10=row.p10 and 2 * row.p10)
+
+
+def row(way: str, seconds: float, **more: object) -> Row:
+    spread = {"p10": 0.9 * seconds, "p90": 1.1 * seconds, "samples": 5}
+    of = {"dtype": "float32", "tensors": 1, "elements": 1000, "penalty": "elastic_net"}
+    return Row("gpt2", way=way, job="gradient", traffic=3, seconds=seconds, **of, **spread, **more)
+
+
+def test_records_are_read_back(tmp_path):
+    record = Record(environment(), (row("loop", 1.0), row("compile", 2.0, note="x")))
+    record.to_json(tmp_path / "a.json")
+    assert load(tmp_path / "a.json") == record
+    for text in ("{}", "[1]", "nonsense", '{"rows": [{}], "environment": {}}'):
+        (tmp_path / "b.json").write_text(text)
+        with pytest.raises(ValueError, match=r"b\.json: no record"):
+            load(tmp_path / "b.json")
+
+
+def test_two_records_are_compared(bench, tmp_path, capsys):
+    compare, where = bench["compare"], environment()
+    before = Record(where, (row("loop", 1.0), row("foreach", 1.0), row("compile", 1.0)))
+    after = Record(
+        where, (row("compile", 0.5), row("loop", 2.0), row("foreach", 1.05), row("b", 1.0))
+    )
+    before.to_json(tmp_path / "a.json")
+    after.to_csv(tmp_path / "b.csv")
+    assert compare.main([str(tmp_path / "a.json"), str(tmp_path / "b.csv")]) == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split()[-2:] for line in lines] == [
+        ["2.00", "slower"],
+        ["1.05", "same"],
+        ["0.50", "faster"],
+    ]
+
+
+def test_a_verdict_needs_spreads_apart(bench):
+    pair = bench["compare"].Pair
+    one = Timing(1.0, 0.9, 1.2, 5)
+    assert pair((), one, Timing(1.3, 1.1, 1.4, 5)).verdict == "same"
+    assert pair((), one, Timing(1.3, 1.21, 1.4, 5)).verdict == "slower"
+    assert pair((), one, Timing(0.8, 0.7, 0.89, 5)).verdict == "faster"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{}/none.json", "HEAD"], "compare two commits or two files|not a valid object name"),
+        (["{}/bad.json", "{}/bad.json"], "bad.json: no record of this benchmark"),
+        (["{}/a.json", "HEAD"], "compare two commits or two files, not one of each"),
+        (["{}/a.json", "{}/other.json"], "have no row in common"),
+    ],
+)
+def test_what_cannot_be_compared(bench, tmp_path, capsys, arguments, message):
+    (tmp_path / "bad.json").write_text("{}")
+    Record(environment(), (row("loop", 1.0),)).to_json(tmp_path / "a.json")
+    Record(environment(), (row("foreach", 1.0),)).to_json(tmp_path / "other.json")
+    with pytest.raises(SystemExit):
+        bench["compare"].main([text.replace("{}", str(tmp_path)) for text in arguments])
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no checkout: there are no commits")
+def test_two_commits_are_built_and_compared(bench, monkeypatch, capsys):
+    """The same one twice, without its native library: as many rows as ways."""
+    monkeypatch.setenv("PYREG_BUILD", "none")
+    status = bench["compare"].main(["HEAD", "HEAD", "--workloads", "tiny", "--rounds", "1"])
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert status == 0
+    names = ["tiny, pyreg in the loss", "tiny, accumulate_", "tiny, prox_"]
+    assert [line.split("  ")[0] for line in lines] == names
+
+
+def test_what_runs_beside_each_commit(monkeypatch):
+    """Its own process, given a tiny workload; a wrong sweep ends it."""
+    import subprocess
+    import sys
+
+    job = json.dumps([{"name": "tiny", "dtype": "bfloat16", "shapes": [[3, 5], [7]]}])
+    command = [sys.executable, "-P", str(ROOT / "bench" / "compared.py")]
+    done = subprocess.run(command, input=job, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = {way: seconds for _, way, seconds in json.loads(done.stdout)}
+    assert set(found) == {"pyreg in the loss", "accumulate_", "prox_"}
+    assert all(len(seconds) == 9 and min(seconds) > 0 for seconds in found.values())
+    wrong = (
+        "import sys, runpy, pyreg; prox = pyreg.Regularizer.prox_;"
+        "pyreg.Regularizer.prox_ = lambda self, step: prox(self, 1e6 * step);"
+        f"runpy.run_path({command[-1]!r}, run_name='__main__')"
+    )
+    done = subprocess.run(
+        [*command[:2], "-c", wrong], input=job, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "prox_: its result is wrong" in done.stderr
+
+
+def test_the_scaling_study(bench, tmp_path, monkeypatch):
+    scaling = bench["scaling"]
+    assert scaling.steps(10, 1e3) == [10, 30, 100, 300, 1000]
+    assert scaling.steps(1, 50) == [1, 3, 10, 30, 50]
+    sizes = ["--elements", "3e4", "--tensors", "3"]
+    assert scaling.main([*sizes, "--rounds", "1", "--seconds", "0", "--out", str(tmp_path)]) == 0
+    record = load(tmp_path / "scaling.json")
+    places = {(r.workload, r.elements, r.tensors) for r in record.rows}
+    first = {("elements", 10_000, 1), ("elements", 30_000, 1)}
+    assert places == first | {("tensors", 1000, 1), ("tensors", 3000, 3)}
+    assert {r.way for r in record.rows} == {*scaling.WAYS, scaling.LIMIT}
+    pytest.importorskip("matplotlib")
+    assert (tmp_path / "scaling.png").exists()
+
+
+def test_the_roofline_has_a_point_for_each_way(bench, tmp_path):
+    pytest.importorskip("matplotlib")
+    roofline = bench["roofline"]
+    record = load(bench["readme"].RESULTS / "cpu.json")
+    found = roofline.points(record.rows, "gpt2")
+    x, y = found["pyreg accumulate_"]
+    assert x == 1 / (3 * 4)
+    (r,) = [
+        r
+        for r in record.rows
+        if (r.workload, r.penalty, r.way) == ("gpt2", "elastic_net", "pyreg accumulate_")
+    ]
+    assert y == pytest.approx(r.gb_per_s * 1e9 / (3 * 4), rel=1e-9)
+    out = tmp_path / "roof.png"
+    assert roofline.main([str(bench["readme"].RESULTS / "cpu.json"), str(out)]) == 0
+    assert out.exists()
