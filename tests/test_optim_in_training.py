@@ -265,7 +265,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("spoil", BAD, ids=lambda f: f.__name__)
-def test_nothing_half_done(native, spoil):
+def test_nothing_half_done(backend, spoil):
     """A step that raises leaves weights, states and counters as they were."""
     model = net()
     opt = make(optim, "Adam", model, {"lr": 0.02}, regularizer=NET)

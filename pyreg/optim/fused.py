@@ -399,9 +399,16 @@ class Fused(Optimizer):
         named = self._label(tensors)
         for i, t in enumerate(tensors):
             check_gradient(t.grad, t, named(i))
+        self._check_states(tensors)
+
+    def _check_states(self, tensors: list[Tensor]) -> None:
+        named = self._label(tensors)
+        for i, t in enumerate(tensors):
             for kind, state in self.state.get(t, {}).items():
-                if isinstance(state, Tensor) and kind != "step":
-                    check_moment(Metric(state, 0.0), t, named(i))
+                if isinstance(state, Tensor) and kind != "step" and t.is_floating_point():
+                    fits = (state.shape, state.device) == (t.shape, t.device)
+                    fits = fits and state.is_floating_point()
+                    check_moment(Metric(state, 0.0), t, "" if fits else named(i))
 
     def _label(self, tensors: list[Tensor]) -> Label:
         def named(i: int) -> str:
@@ -423,6 +430,7 @@ class Fused(Optimizer):
 
     def _step_by_torch(self, tensors: list[Tensor], wide: list[Wide]) -> None:
         """torch's own step, and the penalty beside it as `Regularizer.attach` has it."""
+        self._check_states(tensors)
         reg, scale = self.regularizer, getattr(self, "grad_scale", None)
         # They are unscaled now, and this step is not skipped.
         scaler = {k: self.__dict__.pop(k) for k in ("grad_scale", "found_inf") if hasattr(self, k)}
