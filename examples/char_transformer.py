@@ -140,8 +140,8 @@ def draw(curves: list[Curve], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--lam", type=float, default=2e-5, help="strength of L1")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--lam", type=float, default=1e-4, help="strength of L1")
     parser.add_argument("--out", type=Path, default=Path("char_transformer"), help="a folder")
     options = parser.parse_args()
     if options.steps < 1:
