@@ -21,6 +21,7 @@ LAYERS = [
     ["optim"],
     ["optim.optimizers"],
     ["optim.fused"],
+    ["optim.arguments", "optim.precision"],
     ["regularizer"],
     ["attachment"],
     ["functional"],
