@@ -87,8 +87,7 @@ class Attachment:
         self.reg.release(self)
 
     def _check(self, *_: Any) -> None:
-        self.reg.check_strengths()
-        self.reg.check_anchors()
+        self.reg.check_ready()
         self._check_groups()
 
     def _check_groups(self) -> None:

@@ -206,6 +206,25 @@ def sharing(tensors: Sequence[Tensor]) -> Callable[[Tensor | None], bool]:
     return shares
 
 
+def overlapping(addresses: Sequence[int], sizes: Sequence[int]) -> list[int]:
+    """Rows that share memory with another row; those without an address or bytes are left out."""
+    order = sorted((a, i) for i, a in enumerate(addresses) if a and sizes[i])
+    found: set[int] = set()
+    end = last = 0  # of the rows so far, the one that reaches farthest
+    for begin, i in order:
+        if begin < end:
+            found |= {last, i}
+        if begin + sizes[i] > end:
+            end, last = begin + sizes[i], i
+    return sorted(found)
+
+
+def sharing_each_other(tensors: Iterable[Tensor]) -> list[int]:
+    """Those of the tensors that share memory with another of them."""
+    extents = [_extent(t) if _has_address(t) else (0, 0) for t in tensors]
+    return overlapping([begin for begin, _ in extents], [end - begin for begin, end in extents])
+
+
 def _has_address(t: Tensor) -> bool:
     return not (
         has_own_dispatch(t)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from . import autograd, ops, sweeps
 from .attachment import Attachment, Coupling, Mode, check_held
 from .coverage import Coverage, Covered, report_rules, resolve
-from .dispatch import choose
+from .dispatch import choose, requested
 from .look import Slots, require_grad, unchanged
 from .metric import Metric
 from .pack import Packs, Pair, check, check_gradient, check_memory, check_pair, label
@@ -324,11 +324,16 @@ class Regularizer:
         """Raise ValueError or TypeError if a strength is bad by now: a schedule's, or a tensor."""
         check_strengths(self._penalties)
 
-    def check_anchors(self) -> None:
-        """Raise, naming the parameter, if an anchor or weight cannot be its by now."""
+    def check_ready(self) -> None:
+        """Raise, naming the parameter, if a sweep would: a bad strength, an anchor or weight that
+        cannot be its parameter's by now, a backend that was asked for and cannot serve."""
+        self.check_strengths()
         group = self._active()
         for i, pair in enumerate(group.packs.anchors or ()):
             check_pair(pair, group.tensors[i], group.label(i))
+        if requested() != "auto":
+            for pack in group.packs.current(group.tensors, group.label):
+                choose(pack)
 
     def _accumulate(self, scale: float | Tensor, create_grads: bool = False) -> tuple[Tensor, int]:
         """The value, and how many gradients were added to."""

@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from trained import NET, ONE_EACH, backward, make, net, tensors_of
+from trained import NET, ONE_EACH, backward, make, minimizing, net, tensors_of
 
 import pyreg
 from pyreg import optim
@@ -37,7 +37,7 @@ def test_master_weights_are_those_of_a_float32_model(backend, name, options, mod
 
     1e-5: torch's own kernels round elsewhere; 10 steps of 16 roundings of 2^-24 of numbers under 4.
     """
-    options = {k: v for k, v in options.items() if k != "maximize" and v != 1.0}
+    options = minimizing(options)
     low, exact = net(dtype), net(dtype).float()
     for p, q in zip(low.parameters(), exact.parameters(), strict=True):
         q.data = p.detach().float()
@@ -268,6 +268,160 @@ def test_a_parameter_that_its_master_weights_disagree_with(backend):
     del opt.state[model[0].weight][MASTER]
     opt.step()
     assert torch.equal(model[0].weight, opt.state[model[0].weight][MASTER].bfloat16())
+
+
+def mastered() -> tuple[nn.Sequential, torch.optim.Optimizer]:
+    """After a step."""
+    model = net(torch.bfloat16)
+    opt = make(optim, "AdamW", model, {"lr": 0.02}, master_weights=True)
+    give_gradients(model, k=0)
+    opt.step()
+    return model, opt
+
+
+def other_memory(model, opt):
+    model[0].weight.data = model[0].weight.detach() + 1
+
+
+def loaded(model, opt):
+    state = copy.deepcopy(opt.state_dict())
+    state["state"][0][MASTER] += 1
+    opt.load_state_dict(state)
+
+
+def not_a_number(model, opt):
+    opt.state[model[0].weight][MASTER].fill_(math.nan)
+    model[0].weight.detach().add_(0)
+
+
+@pytest.mark.parametrize("spoil", [other_memory, loaded, not_a_number], ids=lambda f: f.__name__)
+def test_more_disagreements(backend, spoil):
+    model, opt = mastered()
+    spoil(model, opt)
+    before = [t.clone() for t in tensors_of(opt)]
+    with pytest.raises(ValueError, match=r"'0.weight'\): its master weights are not what it is"):
+        opt.step()
+    for x, y in zip(tensors_of(opt), before, strict=True):
+        assert torch.equal(x.nan_to_num(7), y.nan_to_num(7))
+
+
+def test_numbers_that_are_none_agree(backend):
+    model, opt = mastered()
+    with torch.no_grad():
+        opt.state[model[0].weight][MASTER].fill_(math.nan)
+        model[0].weight.fill_(math.nan)
+    opt.step()
+    assert model[0].weight.isnan().all()
+
+
+def test_master_weights_given_up(backend):
+    """A group that has none any more: later ones begin with what the parameter is by then."""
+    model, opt = mastered()
+    p = model[0].weight
+    for options, has, dtype in (
+        ({"master_weights": False, "state_dtype": torch.float32}, False, torch.float32),
+        ({"state_dtype": None}, False, torch.bfloat16),
+        ({"master_weights": True}, True, torch.float32),
+    ):
+        opt.param_groups[0].update(options)
+        opt.step()
+        assert (MASTER in opt.state[p]) == has
+        assert opt.state[p]["exp_avg"].dtype == dtype
+    assert torch.equal(p, opt.state[p][MASTER].bfloat16())
+
+
+def test_a_step_of_torch_that_fails_half_way(monkeypatch):
+    """The weights that moved and their masters still agree, so that the next step can be taken."""
+    model, opt = mastered()
+    step = torch.optim.AdamW.step
+
+    def fails(self):
+        step(self)
+        raise MemoryError
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", fails)
+    before = model[0].weight.detach().clone()
+    with pyreg.use_backend("torch"), pytest.raises(MemoryError):
+        opt.step()
+    monkeypatch.undo()
+    assert not torch.equal(model[0].weight, before)
+    assert torch.equal(model[0].weight, opt.state[model[0].weight][MASTER].bfloat16())
+    opt.step()
+
+
+def test_a_checkpoint_of_options_that_cannot_be(backend):
+    _, opt = mastered()
+    for bad in ({"stochastic_rounding": True}, {"state_dtype": torch.float16}):
+        saved = copy.deepcopy(opt.state_dict())
+        saved["param_groups"][1].update(bad)
+        saved["state"][0]["exp_avg"].fill_(7.0)
+        before = [t.clone() for t in tensors_of(opt)]
+        with pytest.raises(ValueError, match=r"take one of them|expected torch.float32 or None"):
+            opt.load_state_dict(saved)
+        assert all(map(torch.equal, tensors_of(opt), before))
+        assert "stochastic_rounding" not in opt.param_groups[1]
+
+
+def test_a_checkpoint_that_lacks_options(backend):
+    """They stay each group's own, not what the optimizer was made with."""
+    _, opt = mastered()
+    opt.param_groups[1]["master_weights"] = False
+    saved = copy.deepcopy(opt.state_dict())
+    for group in saved["param_groups"]:
+        del group["master_weights"]
+    opt.load_state_dict(saved)
+    assert [group["master_weights"] for group in opt.param_groups] == [True, False]
+
+
+def test_hooks_of_loading(backend):
+    """Those before it change what is loaded, also what stays float32; those after it come last."""
+    model, opt = mastered()
+    w, b = model[0].weight, model[0].bias
+
+    def before(_, given):
+        own = {i: {**s, "exp_avg": s["exp_avg"] + 2**-12} for i, s in given["state"].items()}
+        return {**given, "state": own}
+
+    def after(opt):
+        opt.state[b]["exp_avg"].fill_(3.0)
+
+    expected = opt.state[w]["exp_avg"] + 2**-12
+    opt.register_load_state_dict_pre_hook(before)
+    opt.register_load_state_dict_post_hook(after)
+    saved = copy.deepcopy(opt.state_dict())
+    for _ in range(2):
+        opt.load_state_dict(saved)
+        assert torch.equal(opt.state[w]["exp_avg"], expected)
+        assert (opt.state[b]["exp_avg"] == 3).all()
+
+
+def test_a_group_that_cannot_be_added():
+    opt = optim.SGD([nn.Parameter(torch.ones(3).bfloat16())], lr=0.1, stochastic_rounding=True)
+    for bad, error, message in (
+        ({"params": [nn.Parameter(torch.ones(3).half())]}, ValueError, r"params\[1\]: stochastic"),
+        ({"params": [nn.Parameter(torch.ones(3))], "seed": 0.5}, TypeError, "expected an integer"),
+    ):
+        with pytest.raises(error, match=message):
+            opt.add_param_group(bad)
+        assert len(opt.param_groups) == 1
+    opt.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    assert len(opt.param_groups) == 2
+
+
+def test_masters_of_parameters_that_share_memory():
+    flat = torch.zeros(10).bfloat16()
+    apart = [nn.Parameter(flat[:5]), nn.Parameter(flat[5:])]
+    optim.SGD(apart, lr=0.1, master_weights=True)
+    with pytest.raises(ValueError, match=r"params\[0\]: shares memory with another parameter"):
+        optim.SGD([apart[0], nn.Parameter(flat[4:])], lr=0.1, master_weights=True)
+
+
+def test_adagrads_first_sum_is_not_rounded(backend):
+    p = nn.Parameter(torch.ones(3).bfloat16())
+    opt = optim.Adagrad([p], initial_accumulator_value=0.1, state_dtype=torch.float32)
+    p.grad = torch.zeros_like(p)
+    opt.step()
+    assert torch.equal(opt.state[p]["sum"], torch.full((3,), 0.1))
 
 
 def test_options_that_cannot_be():

@@ -12,7 +12,18 @@ import pytest
 import torch
 from cases import STRENGTHS
 from torch import nn
-from trained import EVERY, MINIMIZE, NET, ONE_EACH, backward, make, net, same, tensors_of
+from trained import (
+    EVERY,
+    MINIMIZE,
+    NET,
+    ONE_EACH,
+    backward,
+    make,
+    minimizing,
+    net,
+    same,
+    tensors_of,
+)
 
 import pyreg
 from pyreg import optim
@@ -120,7 +131,7 @@ def test_with_elastic_net(backend, name, options, mode, scheduled):
 @pytest.mark.parametrize(("name", "options"), ONE_EACH)
 def test_every_penalty(native, name, options, penalty, mode):
     """As above, for one step: a hard threshold may fall either way of a rounding in later ones."""
-    options = {k: v for k, v in options.items() if k != "maximize" and v != 1.0}
+    options = minimizing(options)
     ours, theirs = net(), net()
     if mode == "grad" and penalty.name == "l0":
         reg = pyreg.Regularizer(ours, penalty)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from trained import NET, ONE_EACH, backward, make, net, same, tensors_of, train
+from trained import NET, ONE_EACH, backward, make, minimizing, net, same, tensors_of, train
 
 import pyreg
 from pyreg import optim
@@ -22,6 +22,7 @@ def test_checkpoints_of_torch_and_for_torch(swept, name, options, how):
     """Tolerance as of ten steps without a penalty."""
     if name == "RMSprop" and "fused" in how:
         pytest.skip("torch has no fused RMSprop")
+    options = minimizing(options)
     ours, theirs = net(), net()
     a, b = make(optim, name, ours, options), make(torch.optim, name, theirs, options, **how)
     train(b, theirs, range(5))
@@ -165,7 +166,7 @@ FALLS_BACK = {"irregular": irregular, "strides": other_strides, "shared": shared
 @pytest.mark.parametrize(("name", "options"), ONE_EACH)
 def test_where_it_falls_back(native, monkeypatch, name, options, mode, why):
     """In the middle of a training: before and after it are sweeps, with the same states."""
-    options = {k: v for k, v in options.items() if k != "maximize" and v != 1.0}
+    options = minimizing(options)
     fell, fall = [], optim.fused.Fused._step_by_torch
     monkeypatch.setattr(
         optim.fused.Fused, "_step_by_torch", lambda self, *a: fell.append(1) or fall(self, *a)
@@ -255,20 +256,34 @@ def two_ways(opt, model):
     opt.param_groups[1]["maximize"] = True
 
 
+def bad_anchor(opt, model):
+    model.anchor.resize_(3)
+
+
 BAD = {
     sparse: (TypeError, r"'2.weight'.*its gradient has layout torch.sparse_coo"),
     of_another_dtype: (ValueError, r"'2.weight'.*has a gradient float32"),
     bad_state: (ValueError, r"'2.weight'.*\[2, 300\].*moment is \[3\]"),
     bad_schedule: (ValueError, "nan"),
     two_ways: (ValueError, "with and without maximize=True"),
+    bad_anchor: (ValueError, r"'0.bias'.*its anchor is float64 \[3\]"),
 }
 
 
+@pytest.mark.parametrize("anchored", [False, True])
+@pytest.mark.parametrize("mode", ["grad", "prox"])
 @pytest.mark.parametrize("spoil", BAD, ids=lambda f: f.__name__)
-def test_nothing_half_done(backend, spoil):
+def test_nothing_half_done(backend, spoil, mode, anchored):
     """A step that raises leaves weights, states and counters as they were."""
+    if (spoil is bad_anchor and not anchored) or (spoil is two_ways and mode == "prox"):
+        pytest.skip("nothing is spoiled")
     model = net()
-    opt = make(optim, "Adam", model, {"lr": 0.02}, regularizer=NET)
+    rules = {"*": NET}
+    if anchored:  # and so it is torch's step, and a sweep beside it
+        model.anchor = torch.zeros(300, dtype=torch.float64)
+        rules = {"0.bias": pyreg.L2(0.1, anchor={"0.bias": model.anchor}), **rules}
+    reg = pyreg.Regularizer(model, rules)
+    opt = make(optim, "Adam", model, {"lr": 0.02}, regularizer=reg, mode=mode)
     train(opt, model, range(3))
     backward(model, 3)
     spoil(opt, model)
@@ -278,6 +293,38 @@ def test_nothing_half_done(backend, spoil):
         opt.step()
     assert all(map(torch.equal, tensors_of(opt), before))
     assert opt.regularizer.step == 3
+
+
+@pytest.mark.parametrize("mode", ["grad", "prox"])
+def test_a_backend_that_cannot_serve(native, mode):
+    """Known before torch's own step, where it is that."""
+    model = net()
+    opt = make(optim, "Adam", model, {"lr": 0.02}, regularizer=NET, mode=mode)
+    attached = make(torch.optim, "Adam", other := net(), {"lr": 0.02})
+    pyreg.Regularizer(other, NET).attach(attached, mode)
+    view = torch._neg_view(-model[0].bias.detach())
+    for m, o in ((model, opt), (other, attached)):
+        m[0].bias.data = view.clone() if m is model else view
+        backward(m, 0)
+        m[0].bias.data = view
+        before = copy.deepcopy(tensors_of(o))
+        with pyreg.use_backend("native"), pytest.raises(pyreg.BackendError, match=r"0\.bias"):
+            o.step()
+        assert all(map(torch.equal, tensors_of(o), before))
+
+
+def test_a_momentum_without_a_steady_step(native):
+    model = net()
+    with pytest.raises(ValueError, match=r"momentum=1, .*no steady step"):
+        optim.SGD(model.parameters(), lr=0.1, momentum=1.0, regularizer=NET, mode="prox")
+    opt = optim.SGD(model.parameters(), lr=0.1, momentum=0.9, regularizer=NET, mode="prox")
+    opt.param_groups[0]["momentum"] = 1.0
+    backward(model, 0)
+    before = copy.deepcopy(tensors_of(opt))
+    for name in ("native", "torch"):
+        with pyreg.use_backend(name), pytest.raises(ValueError, match="no steady step"):
+            opt.step()
+    assert all(map(torch.equal, tensors_of(opt), before))
 
 
 def test_a_penalty_without_a_gradient_is_noticed_when_its_parameter_thaws(backend):

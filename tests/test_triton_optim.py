@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 from torch import nn
-from trained import NET, ONE_EACH, make
+from trained import NET, ONE_EACH, make, minimizing
 
 import pyreg
 from pyreg import optim
@@ -65,7 +65,7 @@ def compare(name, options, dtype, mode, tolerance, **more) -> list[optim.AdamW]:
 @pytest.mark.parametrize(("name", "options"), ONE_EACH)
 def test_each_optimizer(swept, name, options, mode):
     """1e-6: two roundings of 2^-24 of numbers under 4, and what three steps make of them."""
-    options = {k: v for k, v in options.items() if k != "maximize" and v != 1.0}
+    options = minimizing(options)
     compare(name, options, torch.float32, mode, 1e-6)
 
 
@@ -88,7 +88,7 @@ def test_numbers_computed_on_the_device(swept, monkeypatch, name, options):
     triton = pyreg.dispatch.backend("triton")
     original = type(triton).step
     monkeypatch.setattr(type(triton), "step", kept)
-    options = {k: v for k, v in options.items() if k != "maximize" and v != 1.0}
+    options = minimizing(options)
     models = []
     for on_device in (False, True):
         if on_device:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..pack import GradientMismatch, Pack, StaleLayout, check_gradient, is_freed
+from ..pack import GradientMismatch, Pack, StaleLayout, check_gradient, is_freed, overlapping
 from .native import load
 
 try:  # one call for all tensors; private, so only ever used to agree faster
@@ -210,7 +210,7 @@ class _Seen:
         self.addresses = _addresses(tensors)
         self.present = len(there)
         self.others: list[int] = []
-        self.overlapping = _overlapping(array("q", self.addresses), sizes)
+        self.overlapping = overlapping(array("q", self.addresses), sizes)
         self._alike = _alike(there)
 
     def is_of(self, tensors: Sequence[Tensor | None]) -> bool:
@@ -263,16 +263,3 @@ def _check_gradient(grad: Tensor, t: Tensor) -> None:
         raise GradientMismatch from None
     if grad.is_neg():
         raise GradientMismatch
-
-
-def _overlapping(addresses: Sequence[int], sizes: list[int]) -> list[int]:
-    """Rows that share memory with another row; those without an address or bytes are left out."""
-    order = sorted((a, i) for i, a in enumerate(addresses) if a and sizes[i])
-    found: set[int] = set()
-    end = last = 0  # of the rows so far, the one that reaches farthest
-    for begin, i in order:
-        if begin < end:
-            found |= {last, i}
-        if begin + sizes[i] > end:
-            end, last = begin + sizes[i], i
-    return sorted(found)

@@ -12,23 +12,13 @@ from torch.optim import Optimizer
 
 from ..attachment import add_gradients, ascends, metric_of_rows, untraced
 from ..dispatch import stepper
-from ..metric import Metric, Number, check_moment, metric_of
-from ..pack import SWEPT_DTYPES, GradientMismatch, Label, Packs, check_gradient, label
+from ..metric import Metric, Number, check_moment, gain, metric_of
+from ..pack import SWEPT_DTYPES, GradientMismatch, Packs, check_gradient
 from ..penalties import L1, Penalty
 from ..regularizer import Regularizer
 from ..sweeps import Value, accumulate, add_values, prox_in_metric
 from .arguments import Rows, arguments
-from .precision import (
-    MASTER,
-    NARROW,
-    Wide,
-    agrees,
-    check_options,
-    is_wide,
-    key_of,
-    stand_ins,
-    widen_states,
-)
+from .precision import MASTER, LowPrecision, Wide, stand_ins, widen_states
 
 Mode = Literal["grad", "prox"]
 
@@ -51,7 +41,7 @@ class _Inside(NamedTuple):
         self.optimizer.regularizer = None
 
 
-class Fused(Optimizer):
+class Fused(LowPrecision):
     """The penalty inside an optimizer's step; a mixin before one of torch's optimizers.
 
     Args:
@@ -64,24 +54,30 @@ class Fused(Optimizer):
         state_dtype: torch.float32 keeps the states of bfloat16 and float16 parameters in float32;
             None in the parameters' own dtype, as torch does.
         master_weights: keep such parameters in float32 too (`state[p]["master_param"]`); p is their
-            rounded copy, and the penalty, its value and its zeros are the master weights'.
+            rounded copy, and the penalty, its value and its zeros are the master weights'. Change p
+            itself between steps (under no_grad) and the next step raises; what is written into
+            `p.data` nobody can see, and the next step undoes it.
         stochastic_rounding: instead, round new bfloat16 weights up or down at random, the nearer
             the likelier, so that what is too small for one step is not lost on average. The value
             and the zeros are of the weights before they are rounded.
         seed: of that; a run with the same seed has the same bits, resumed or not.
 
     These four may differ between param groups. Master weights and stochastic rounding have float32
-    states; a step's arithmetic is float32 throughout.
+    states; a step's arithmetic is float32 throughout. (float16 states, torch's default for float16
+    parameters, hold no square below 6e-8: the metric of a prox wants float32 ones.)
 
     The other arguments, the state and `state_dict()` are torch's; a regularizer has a state_dict of
-    its own. A step is one sweep where all parameters are dense CPU tensors without anchors; it then
-    leaves `.grad` as it is, and `foreach`, `fused` and `capturable` have no meaning.
+    its own. A step is one sweep where all parameters are dense, without anchors, and on one device:
+    the CPU, or a GPU that Triton serves. It then leaves `.grad` as it is, and `foreach` and `fused`
+    have no meaning; `capturable` keeps the counters on the GPU, as CUDA graphs need. Elsewhere it
+    is torch's own step, and the penalty's sweep beside it.
 
     Raises:
         ValueError: an unknown mode; a regularizer that is attached already, or over a parameter
             (named) that the optimizer does not hold; `differentiable=True`; master weights and
-            stochastic rounding at once, or the latter for float16. In a step: master weights that
-            disagree with their parameter (named), which was changed or loaded without them.
+            stochastic rounding at once, or the latter for float16; master weights of parameters
+            that share memory; mode="prox" and a momentum of 1 or more. In a step: master weights
+            that disagree with their parameter (named), which was changed or loaded without them.
         TypeError: a regularizer that is none; a seed that is no integer.
         RuntimeError: mode="grad" and a penalty that has no gradient (L0).
     """
@@ -112,23 +108,20 @@ class Fused(Optimizer):
         self.mode = mode
         self._swept: tuple[Any, Swept] | None = None
         self._zeros: int | Tensor | list[Tensor] | None = None  # or of which to count them
-        self._agreed: dict[Tensor, int] = {}  # versions of parameters that masters agreed with
-        super().__init__(params, *args, **options)
-        wide = {
+        precision = {
             "state_dtype": state_dtype,
             "master_weights": master_weights,
             "stochastic_rounding": stochastic_rounding,
             "seed": seed,
         }
-        self._precision = {k: x for k, x in wide.items() if x}
-        self.defaults.update(self._precision)
-        for group in self.param_groups:
-            self._set_precision(group)
+        super().__init__(params, *args, **options, **{k: x for k, x in precision.items() if x})
         if isinstance(regularizer, Penalty):
             regularizer = Regularizer(self._named(), regularizer)
         if regularizer is not None:
             if mode == "grad":
                 regularizer.check_differentiable()
+            else:
+                self._check_gain()
             regularizer.join(_Inside(self))
             self.regularizer = regularizer
 
@@ -139,29 +132,7 @@ class Fused(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"regularizer": self.regularizer, "mode": self.mode, "_swept": None, "_zeros": None}
-        own |= {"_precision": self._precision, "_agreed": {}}
         return {**super().__getstate__(), **own}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            self._set_precision(group)
-
-    def _set_precision(self, group: dict[str, Any]) -> None:
-        for option, x in self._precision.items():
-            group.setdefault(option, x)
-        check_options(group, self._named())
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """torch's, which makes states of the parameters' dtypes; float32 ones stay that here."""
-        super().load_state_dict(state_dict)
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [(p, group) for group in self.param_groups for p in group["params"]]
-        for i, (p, group) in zip(saved, params, strict=True):
-            for kind, s in state_dict["state"].get(i, {}).items():
-                own = self.state[p].get(kind)
-                if is_wide(group) and isinstance(own, Tensor) and own.dtype in NARROW:
-                    self.state[p][kind] = s.detach().to(p.device, copy=True)
 
     @property
     def last_zeros(self) -> int | None:
@@ -196,13 +167,6 @@ class Fused(Optimizer):
 
     # And what they share:
 
-    def _named(self) -> list[tuple[str, Tensor]]:
-        named = []
-        for group in self.param_groups:
-            names = group.get("param_names") or [""] * len(group["params"])
-            named += zip(names, group["params"], strict=True)
-        return [(name or f"params[{i}]", p) for i, (name, p) in enumerate(named)]
-
     def _take_step(self) -> None:
         if self._skipped("cpu"):
             return
@@ -213,15 +177,14 @@ class Fused(Optimizer):
                 reg.check_differentiable()
                 ascends(self)
         tensors = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        wide = self._wide(tensors)
+        wide = self._wide()
         if any(t.grad.layout != torch.strided for t in tensors):
             self._check(tensors)
         if not self._step_in_one_sweep(tensors, wide):
             if self._skipped("cuda"):
                 return
             self._step_by_torch(tensors, wide)
-        for row in wide:
-            self._agreed[row.param] = row.param._version
+        self._agree(wide)
         for group in self.param_groups:
             if group.get("stochastic_rounding"):
                 group["steps_rounded"] = group.get("steps_rounded", 0) + 1
@@ -232,39 +195,6 @@ class Fused(Optimizer):
         """Whether a GradScaler says so; asked of a GPU, this waits for it."""
         overflow = getattr(self, "found_inf", None)
         return overflow is not None and overflow.device.type == device_type and bool(overflow)
-
-    def _wide(self, tensors: list[Tensor]) -> list[Wide]:
-        """Those of the parameters that are stepped in float32, with what lies beside them.
-
-        Raises ValueError, naming it, if one is not what its master weights are, rounded.
-        """
-        if not any(map(is_wide, self.param_groups)):
-            return []
-        found, index = [], 0
-        for group in self.param_groups:
-            keyed = group.get("stochastic_rounding")
-            for i, p in enumerate(group["params"], index):
-                if p.grad is None or p.dtype not in NARROW or not is_wide(group):
-                    continue
-                key = None
-                if keyed and p.dtype == torch.bfloat16:
-                    key = key_of(group.get("seed", 0), group.get("steps_rounded", 0), i)
-                master = self.state[p].get(MASTER) if p in self.state else None
-                if master is not None and self._agreed.get(p) != p._version:
-                    self._check_master(p, master, tensors)
-                found.append(Wide(p, bool(group.get("master_weights")), key))
-            index += len(group["params"])
-        return found
-
-    def _check_master(self, p: Tensor, master: Tensor, tensors: list[Tensor]) -> None:
-        k = next(k for k, t in enumerate(tensors) if t is p)
-        named = self._label(tensors)(k)
-        check_moment(Metric(master, 0.0), p, named)
-        if not agrees(p, master):
-            raise ValueError(
-                f"{named}: its master weights are not what it is: it was changed, or loaded "
-                f"without them; delete optimizer.state[p][{MASTER!r}] to begin with what it is now"
-            )
 
     def _rows_of(self, group: dict[str, Any], wide: Mapping[int, Wide]) -> Rows:
         """The group's rows; what lies beside those stepped in float32 is made that."""
@@ -410,15 +340,6 @@ class Fused(Optimizer):
                     fits = fits and state.is_floating_point()
                     check_moment(Metric(state, 0.0), t, "" if fits else named(i))
 
-    def _label(self, tensors: list[Tensor]) -> Label:
-        def named(i: int) -> str:
-            everyone = self._named()
-            k = next(k for k, (_, p) in enumerate(everyone) if p is tensors[i])
-            name = everyone[k][0]
-            return label(k) if name == label(k) else label(k, name)
-
-        return named
-
     def _forget(self, found: list[Rows], counted: list[Tensor]) -> None:
         """Undo what was done for a sweep that did not happen."""
         if counted:
@@ -430,8 +351,13 @@ class Fused(Optimizer):
 
     def _step_by_torch(self, tensors: list[Tensor], wide: list[Wide]) -> None:
         """torch's own step, and the penalty beside it as `Regularizer.attach` has it."""
-        self._check_states(tensors)
         reg, scale = self.regularizer, getattr(self, "grad_scale", None)
+        if reg is None:
+            self._check_states(tensors)
+        else:  # what would stop the penalty must not stop it after the step
+            self._check(tensors)
+            reg.check_ready()
+            self._check_gain()
         # They are unscaled now, and this step is not skipped.
         scaler = {k: self.__dict__.pop(k) for k in ("grad_scale", "found_inf") if hasattr(self, k)}
         try:
@@ -449,6 +375,11 @@ class Fused(Optimizer):
         if reg is not None:
             of = {id(row.param): self.state[row.param][MASTER] for row in wide if row.mastered}
             self._zeros = [of.get(id(t), t) for _, t in reg.trainable() if t.grad is not None]
+
+    def _check_gain(self) -> None:
+        if self.mode == "prox":
+            for group in self.param_groups:
+                gain(group)
 
     def _add_gradients(self, standing: Mapping[int, Tensor]) -> None:
         """The penalty's, to those of the stand-ins too."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from ..metric import Number, number
 from .arguments import Rows
 from .fused import Fused
+from .precision import NARROW, is_wide
 
 
 def _doc(of: str) -> str:
@@ -77,6 +79,14 @@ class SGD(Fused, torch.optim.SGD):
 class Adagrad(Fused, torch.optim.Adagrad):
     __doc__ = _doc("torch.optim.Adagrad")
     _torch = torch.optim.Adagrad
+
+    def __init__(self, params: Iterable[Any], *args: Any, **options: Any) -> None:
+        super().__init__(params, *args, **options)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if is_wide(group) and p.dtype in NARROW:  # not what torch rounded
+                    first = group["initial_accumulator_value"]
+                    self.state[p]["sum"] = torch.full_like(p, first, dtype=torch.float32)
 
     def _rows(self, group: dict[str, Any]) -> Rows:
         params, _, sums, counters = lists = [[] for _ in range(4)]
