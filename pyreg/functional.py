@@ -98,8 +98,10 @@ def closed_form(
 
     Raises:
         ValueError: a second derivative that is not a number > 0, or does not broadcast (by name).
-        TypeError: what is no tensor.
+        TypeError: what is no tensor, or no penalty.
     """
+    if not isinstance(penalty, Penalty):
+        raise TypeError(f"penalty: expected a pyreg penalty, got {penalty!r}")
     alone = isinstance(w_star, Tensor)
     minima = [w_star] if alone else list(w_star)
     many = isinstance(hessian_diag, Sequence)
@@ -117,7 +119,12 @@ def closed_form(
     def metric(i: int) -> Metric:
         w, where = minima[i], f"hessian_diag[{i}]" if many else "hessian_diag"
         check(w, label(i))
-        h = torch.as_tensor(curvatures[i], dtype=compute_dtype(w.dtype), device=w.device).detach()
+        try:
+            h = torch.as_tensor(curvatures[i], dtype=compute_dtype(w.dtype), device=w.device)
+        except (TypeError, ValueError, RuntimeError):
+            got = type(curvatures[i]).__name__
+            raise TypeError(f"{where}: expected a number or a tensor, got {got}") from None
+        h = h.detach()
         if not (h > 0).all():
             bad = h[~(h > 0)][0].item()
             raise ValueError(f"{where}: expected numbers > 0, got {bad}")

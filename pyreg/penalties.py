@@ -57,9 +57,16 @@ def check_strength(name: str, s: Strength, above: float | None = None) -> Streng
 def check_weight(weight: Tensor, dtype: torch.dtype, name: str) -> None:
     """Raise ValueError unless every element is a finite number >= 0 in that dtype's compute dtype.
 
-    Waits for the device. Under torch.compile, and where there is no memory, nothing is looked at.
+    Waits for the device. Where numbers cannot be asked for, nothing is looked at: traced, mapped by
+    torch.func, fake, or captured in a CUDA graph.
     """
-    if torch.compiler.is_compiling() or weight.device.type == "meta":
+    if (
+        torch.compiler.is_compiling()
+        or weight.device.type == "meta"
+        or torch._C._functorch.is_functorch_wrapped_tensor(weight)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or (weight.is_cuda and torch.cuda.is_current_stream_capturing())
+    ):
         return
     w = weight.detach().to(reference.compute_dtype(dtype))
     if not ((w >= 0) & w.isfinite()).all():

@@ -286,6 +286,8 @@ class Regularizer:
             ValueError, TypeError: it is of other rules, or holds what cannot be a step or a
                 strength; nothing was changed then.
         """
+        if not isinstance(state, Mapping) or not {"step", "strengths"} <= set(state):
+            raise ValueError("state_dict: expected one with a 'step' and 'strengths'")
         own, saved, step = self.state_dict()["strengths"], state["strengths"], state["step"]
         if {p: set(own[p]) for p in own} != {p: set(saved[p]) for p in saved}:
             raise ValueError(
@@ -293,14 +295,18 @@ class Regularizer:
             )
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise ValueError(f"state_dict: expected a step >= 0, got {step!r}")
+        loaded = []
+        for pattern, names in saved.items():
+            for name, number in names.items():
+                rule, tensor = self.rules[pattern], getattr(self.rules[pattern], name)
+                if callable(number) and not isinstance(number, Tensor):
+                    raise TypeError(f"state_dict: {pattern!r}, {name}: a schedule, got {number!r}")
+                number = rule._check(name, number)
+                number = torch.as_tensor(number, dtype=tensor.dtype, device=tensor.device)
+                loaded.append((tensor, rule._check(name, number)))  # it may have overflowed
         with torch.no_grad():
-            found = [
-                (getattr(self.rules[pattern], name), self.rules[pattern]._check(name, number))
-                for pattern, names in saved.items()
-                for name, number in names.items()
-            ]
-            for own_tensor, number in found:
-                own_tensor.copy_(torch.as_tensor(number))
+            for tensor, number in loaded:
+                tensor.copy_(number)
         self.step = step
 
     @property

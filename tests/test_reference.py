@@ -9,6 +9,8 @@ import torch
 from cases import DTYPES, differentiable, penalties
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyreg
 from pyreg import reference
@@ -206,6 +208,23 @@ def test_closed_forms_that_are_refused():
         pyreg.closed_form([torch.ones(3, dtype=torch.long)], 1.0, pyreg.L1(0.1))
     with pytest.raises(TypeError, match="take one tensor at a time"):
         pyreg.closed_form(w, 1.0, pyreg.L1(0.1, anchor=torch.ones(3)))
+    with pytest.raises(TypeError, match="expected a pyreg penalty, got 'l1'"):
+        pyreg.closed_form(w, 1.0, "l1")
+    for bad in (None, "1", object()):
+        with pytest.raises(TypeError, match=r"hessian_diag.*: expected a number or a tensor"):
+            pyreg.closed_form(w[0], bad, pyreg.L1(0.1))
+
+
+def test_weights_whose_numbers_cannot_be_asked_for():
+    def value(weight):
+        return pyreg.L2(0.1, weight=weight).value(torch.ones(3))
+
+    weights = torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, 0.0]])
+    torch.testing.assert_close(torch.vmap(value)(weights), torch.tensor([0.6, 0.1]))
+    traced = make_fx(value)(weights[0])
+    torch.testing.assert_close(traced(weights[0]), torch.tensor(0.6))
+    with FakeTensorMode():
+        assert value(torch.ones(3)).shape == ()
 
 
 def test_a_weight_that_cannot_be(backend):

@@ -146,12 +146,18 @@ def test_a_state_of_other_rules():
     assert (reg.step, lam.item()) == (0, 1.0)
 
 
-@pytest.mark.parametrize(("step", "number"), [(-1, 0.5), (1.5, 0.5), (2, -0.5), (2, torch.ones(2))])
+@pytest.mark.parametrize(
+    ("step", "number"),
+    [(-1, 0.5), (1.5, 0.5), (2, -0.5), (2, torch.ones(2)), (2, 1e300), (2, lambda step: 0.5)],
+)
 def test_a_state_that_cannot_be(step, number):
     """Nothing is changed, not even the strength that comes first."""
     first, last = torch.tensor(1.0), torch.tensor(2.0)
     reg = pyreg.Regularizer({"w": torch.ones(2)}, {"w": pyreg.ElasticNet(first, last)})
     state = {"step": step, "strengths": {"w": {"l1": torch.tensor(0.25), "l2": number}}}
-    with pytest.raises((ValueError, TypeError), match=r"ElasticNet\.l2|a step >= 0"):
+    with pytest.raises((ValueError, TypeError), match=r"ElasticNet\.l2|a step >= 0|a schedule"):
         reg.load_state_dict(state)
+    for lacking in ({}, {"step": 3}, None):
+        with pytest.raises(ValueError, match="expected one with a 'step' and 'strengths'"):
+            reg.load_state_dict(lacking)
     assert (reg.step, first.item(), last.item()) == (0, 1.0, 2.0)
