@@ -212,7 +212,7 @@ class TritonBackend:
             where it cannot be one sweep, and nothing was done.
         """
         mixed = isinstance(keys, list) and any(
-            key is None and t.dtype == torch.bfloat16 for key, t in zip(keys, tensors, strict=True)
+            key is None and t.dtype == torch.bfloat16 for key, t in zip(keys, tensors, strict=False)
         )
         if pack.anchors is not None or mixed:
             return None
