@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "look.h"
+#include "look_at_step.h"
 #include "sweeps.h"
 
 namespace py = pybind11;
@@ -17,11 +17,8 @@ namespace py = pybind11;
 namespace pyreg {
 namespace {
 
-#define PYREG_STATES(U) U::kStates,
 #define PYREG_MOMENT(U) U::kMoment,
-constexpr int kStatesOf[] = {PYREG_UPDATES(PYREG_STATES)};
 constexpr int kMomentOf[] = {PYREG_UPDATES(PYREG_MOMENT)};
-#undef PYREG_STATES
 #undef PYREG_MOMENT
 
 class Layout {
@@ -119,58 +116,26 @@ class Layout {
                           values_from_sums(table_, sums.data(), strengths.data()), beside.others);
   }
 
-  // An optimizer's step on every row. states: a list of tensors for each kind of state. updates and
-  // sets: [rows] an update, and which of the sets of numbers is its own: [kNumbers + 3], the last
-  // three its metric's numerator, factor and offset. penalised: [rows] 1 or 0. Returns the value,
-  // each rule's, and the zeros of penalised weights; or None where a row cannot be visited so: one
-  // shares memory with another, what lies beside it has other strides or dtypes, or its prox asks
-  // for a metric that is no state's root. masters: nothing, or for each row its master weights in
-  // float32 or None. keys: nothing, or for each row what its random roundings begin with, or None
-  // where it is rounded to nearest.
+  // An optimizer's step on every row, of which look_at_step.h tells. sets: [rows] which of the sets
+  // of numbers is its own: [kNumbers + 3], the last three its metric's numerator, factor and
+  // offset. Returns the value, each rule's, and the zeros of penalised weights; or None where a row
+  // cannot be visited so, or its prox asks for a metric that is no state's root.
   py::object step(const py::list& tensors, const std::vector<py::list>& states,
                   const std::vector<int>& updates, const std::vector<int>& sets,
                   const std::vector<double>& numbers, const std::string& penalised, bool prox,
                   const std::vector<double>& strengths, double scale, int threads,
                   const py::list& masters, const std::vector<std::optional<uint32_t>>& keys) {
     check_strengths(strengths);
-    const size_t rows = table_.rows().size();
     constexpr size_t kSet = kNumbers + 3;
-    if (updates.size() != rows || sets.size() != rows || penalised.size() != rows ||
-        states.size() > kMaxStates || (!keys.empty() && keys.size() != rows))
-      throw py::value_error("one update, set, flag and key per tensor");
-    if (py::len(masters) != 0 && py::len(masters) != rows)
-      throw py::value_error("one master per tensor");
-    for (const py::list& state : states)
-      if (py::len(state) != rows) throw py::value_error("one state per tensor");
     TensorReader reader;
     const Shown shown = look_.with_own_gradients(tensors, reader);
-    if (shown.present != static_cast<int64_t>(rows)) throw py::value_error("a gradient is missing");
-    if (!shown.others.empty() || !look_.overlapping().empty()) return py::none();
-    std::vector<Update> todo(rows);
-    for (size_t i = 0; i < rows; ++i) {
-      Update& update = todo[i];
-      update.update = updates[i];
-      update.penalised = penalised[i] != 0;
+    auto found = look_at_step(look_, shown, states, updates, penalised, masters, keys, reader);
+    if (!found) return py::none();
+    if (sets.size() != found->size()) throw py::value_error("one set of numbers per tensor");
+    for (size_t i = 0; i < found->size(); ++i) {
+      Update& update = (*found)[i];
       const size_t set = static_cast<size_t>(sets[i]);
-      if (update.update < 0 || update.update >= kUpdates || (set + 1) * kSet > numbers.size())
-        throw py::value_error("no such update or set of numbers");
-      if (!look_.states(i, states, reader, update.states, update.float32)) return py::none();
-      if (py::len(masters) != 0 && !look_.master(i, masters, reader, &update.master))
-        return py::none();
-      if (!keys.empty() && keys[i]) {
-        update.at_random = true;
-        update.key = *keys[i];
-      }
-      if (update.master != nullptr || update.at_random) {  // in float32 throughout
-        const DType dtype = table_.rows()[i].dtype;
-        if (kStatesOf[update.update] == 0) update.float32 = true;
-        if (!update.float32 || item_size(dtype) != 2) return py::none();
-        if (update.at_random && (dtype != DType::kBFloat16 || update.master != nullptr))
-          return py::none();
-      }
-      for (int k = 0; k < kStatesOf[update.update]; ++k)
-        if (update.states[k] == nullptr && table_.rows()[i].numel > 0)
-          throw py::value_error("row " + std::to_string(i) + ": a state is missing");
+      if ((set + 1) * kSet > numbers.size()) throw py::value_error("no such set of numbers");
       update.numbers = numbers.data() + set * kSet;
       update.metric.numerator = update.numbers[kNumbers];
       update.metric.factor = update.numbers[kNumbers + 1];
@@ -186,8 +151,8 @@ class Layout {
     int64_t zeros = 0;
     {
       py::gil_scoped_release release;
-      zeros = cpu::step(table_, shown.w.data(), shown.g.data(), todo.data(), prox, strengths.data(),
-                        scale, sums.data(), threads);
+      zeros = cpu::step(table_, shown.w.data(), shown.g.data(), found->data(), prox,
+                        strengths.data(), scale, sums.data(), threads);
     }
     return py::make_tuple(value_from_sums(table_, sums.data(), strengths.data()),
                           values_from_sums(table_, sums.data(), strengths.data()), zeros);

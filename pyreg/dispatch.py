@@ -122,13 +122,6 @@ def choose(pack: Pack) -> Choice:
 
 
 def stepper(pack: Pack) -> Any:
-    """The backend that takes an optimizer's step on a pack in one sweep, or None.
-
-    Native CUDA has no such sweep: Triton's serves its tensors where nobody asked for a backend.
-    """
-    if hasattr(chosen := choose(pack).backend, "step"):
-        return chosen
-    if requested() != "auto" or pack.irregular is not None:
-        return None
-    b = backend("triton", pack.device.type)
-    return b if (b.missing() or b.refuses(pack)) is None else None
+    """The backend that takes an optimizer's step on a pack in one sweep, or None."""
+    chosen = choose(pack).backend
+    return chosen if hasattr(chosen, "step") else None

@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "../look.h"
+#include "../look_at_step.h"
 #include "launch.h"
 #include "layout.h"
 
@@ -48,7 +48,8 @@ class Layout {
 
   // A zeroed counter, then the partials.
   int64_t scratch_bytes(bool stats) const {
-    const int columns = stats ? kColumns<Sweep::kStats> : kMaxSums;
+    const int columns =
+        stats ? kColumns<Sweep::kStats> : kColumns<Sweep::kStepWithProx>;  // the most of the others
     return kCounterBytes + int64_t{plans_[stats].segments()} * columns * int64_t{sizeof(double)};
   }
 
@@ -115,6 +116,50 @@ class Layout {
     return beside.others;
   }
 
+  // An optimizer's step on every row, of which look_at_step.h tells. sets: [rows] which of the sets
+  // of numbers is its own: [kSetNumbers], the last three its metric's numerator, factor and offset;
+  // floats, or a float64 tensor. Returns whether it was taken, which a row may not allow.
+  bool step(const py::list& tensors, const std::vector<py::list>& states,
+            const std::vector<int>& updates, const std::vector<int>& sets,
+            const py::object& numbers, const std::string& penalised, bool prox,
+            const py::list& strengths, const py::object& scale, const py::list& masters,
+            const std::vector<std::optional<uint32_t>>& keys, const py::object& grad_scale,
+            const py::object& found_inf, const Target& target) {
+    TensorReader reader;
+    const Shown shown = look_.with_own_gradients(tensors, reader);
+    const auto found =
+        look_at_step(look_, shown, states, updates, penalised, masters, keys, reader);
+    if (!found) return false;
+    StepFacts facts{};
+    std::vector<double> own_numbers;
+    const size_t known_sets = look_at_numbers(numbers, reader, facts, own_numbers);
+    if (sets.size() != found->size()) throw py::value_error("one set of numbers per tensor");
+    std::vector<RowStep> steps;
+    for (size_t i = 0; i < sets.size(); ++i) {
+      const Update& update = (*found)[i];
+      if (sets[i] < 0 || static_cast<size_t>(sets[i]) >= known_sets)
+        throw py::value_error("no such set of numbers");
+      steps.push_back({{update.states[0], update.states[1], update.states[2]},
+                       update.master,
+                       update.key,
+                       static_cast<uint32_t>(sets[i]),
+                       static_cast<uint8_t>(update.update),
+                       update.float32,
+                       update.penalised,
+                       update.at_random});
+    }
+    const Number unscaled = number(grad_scale, reader), overflow = number(found_inf, reader);
+    facts.grad_scale = grad_scale.is_none() ? Number::of(1).scalar : unscaled.scalar;
+    facts.grad_scale_kind = unscaled.kind;
+    facts.found_inf = overflow.scalar;
+    facts.found_inf_kind = overflow.kind;
+    const Sweep sweep = prox ? Sweep::kStepWithProx : Sweep::kStepWithGradient;
+    show(sweep, shown.w, &shown.g);
+    plan_of(sweep).step(facts, steps.data(), std::move(own_numbers));
+    run(sweep, strengths, scale, target, reader);
+    return true;
+  }
+
   void stats(const py::list& tensors, const Target& target) {
     TensorReader reader;
     show(Sweep::kStats, look_.tensors(tensors, reader), nullptr);
@@ -122,6 +167,30 @@ class Layout {
   }
 
  private:
+  // The sets of numbers of a step: how many there are.
+  size_t look_at_numbers(const py::object& numbers, TensorReader& reader, StepFacts& facts,
+                         std::vector<double>& own) const {
+    size_t n;
+    if (py::isinstance<py::list>(numbers)) {
+      own = numbers.cast<std::vector<double>>();
+      n = own.size();
+    } else {
+      const TensorView view = reader.read(numbers.ptr());
+      bool contiguous = true;
+      for (int64_t d = view.ndim - 1, stride = 1; d >= 0; stride *= view.shape[d--])
+        contiguous = contiguous && (view.shape[d] == 1 || view.strides[d] == stride);
+      if (!look_.is_here(view) || view.dtype != DType::kFloat64 || !contiguous)
+        throw py::value_error(
+            "expected numbers as floats, or as a contiguous float64 tensor on " PYREG_DEVICE_NAME
+            ":" +
+            std::to_string(device_));
+      facts.numbers = static_cast<const double*>(view.data);
+      n = static_cast<size_t>(view.numel());
+    }
+    if (n % kSetNumbers != 0) throw py::value_error("expected sets of 12 numbers");
+    return n / kSetNumbers;
+  }
+
   // A float, or a tensor of one float32 or float64 on this device.
   Number number(py::handle x, TensorReader& reader) const {
     if (!x || x.is_none()) return Number::of(0);
@@ -201,6 +270,14 @@ PYBIND11_MODULE(PYREG_MODULE, m) {
   m.attr("max_by_value") = kEntries - 1;
   m.attr("max_by_value_in_metric") = kEntriesInMetric - 1;
   m.attr("device_type") = PYREG_DEVICE_NAME;
+  // Tensors, and sets of numbers on the host, of a step that needs no table.
+  m.def("step_fits", [](size_t rows, size_t sets) {
+    return (rows + 1) * sizeof(PackedEntry) + sizeof(StepFacts) + rows * sizeof(RowStep) +
+               sets * kSetNumbers * sizeof(double) <=
+           sizeof(Parameter::entries);
+  });
+  m.attr("updates") = py::tuple(py::cast(pyreg::kUpdateNames));
+  m.attr("numbers") = pyreg::kNumbers;
   m.attr("penalties") = py::tuple(py::cast(pyreg::kPenaltyNames));
   m.attr("built_with") = built_with();
   m.attr("architectures") = architectures();
@@ -226,5 +303,9 @@ PYBIND11_MODULE(PYREG_MODULE, m) {
            py::arg("target"))
       .def("prox_in_metric", &Layout::prox_in_metric, py::arg("tensors"), py::arg("moments"),
            py::arg("numbers"), py::arg("root"), py::arg("strengths"), py::arg("target"))
+      .def("step", &Layout::step, py::arg("tensors"), py::arg("states"), py::arg("updates"),
+           py::arg("sets"), py::arg("numbers"), py::arg("penalised"), py::arg("prox"),
+           py::arg("strengths"), py::arg("scale"), py::arg("masters"), py::arg("keys"),
+           py::arg("grad_scale"), py::arg("found_inf"), py::arg("target"))
       .def("stats", &Layout::stats, py::arg("tensors"), py::arg("target"));
 }

@@ -14,6 +14,7 @@
 #pragma once
 
 #include "rows.h"
+#include "step.h"
 #include "totals.h"
 #include "walk.h"
 
@@ -31,9 +32,9 @@ PYREG_DEVICE void keep_totals(const Totals<C>& totals, int thread, typename Shar
     first[lane_of<W>(thread, v)] = totals.first[v];
     second[lane_of<W>(thread, v)] = totals.second[v];
   }
+  if constexpr (kColumns<S> > 2) keep->zeros[thread] = totals.zeros;
   if constexpr (S == Sweep::kStats) {
     keep->top[thread] = totals.top;
-    keep->zeros[thread] = totals.zeros;
     keep->non_finite[thread] = totals.non_finite;
   }
 }
@@ -99,6 +100,14 @@ PYREG_DEVICE void visit_dtype(const Parameter& p, const Entry& entry, const Plac
   }
 }
 
+// A thread's sums where they are not in registers.
+template <class C, class Lanes>
+PYREG_DEVICE void clear_sums(Lanes& lanes, int thread, bool wide) {
+#pragma unroll
+  for (int v = 0; v < kOwn; ++v)
+    for (double* of : lanes) of[place_of_sum<C>(thread, v, wide)] = 0;
+}
+
 // The same by the loop that all penalties and dtypes of a compute type share.
 template <Sweep S, Family F, class C>
 PYREG_DEVICE void visit_shared(const Parameter& p, const Entry& entry, const Place& place,
@@ -119,9 +128,7 @@ PYREG_DEVICE void visit_shared(const Parameter& p, const Entry& entry, const Pla
     by_kind<S, C>(static_cast<DType>(entry.dtype), false, wide,
                   [&](auto kind) { keep_totals<S, decltype(kind)::W>(totals, thread, keep); });
   } else {
-#pragma unroll
-    for (int v = 0; v < kOwn; ++v)
-      for (double* lanes : keep->lanes) lanes[place_of_sum<C>(thread, v, wide)] = 0;
+    clear_sums<C>(keep->lanes, thread, wide);
     visit(keep->lanes[0], keep->lanes[1]);
   }
 }
@@ -129,12 +136,40 @@ PYREG_DEVICE void visit_shared(const Parameter& p, const Entry& entry, const Pla
 // (The loops of prox_in_metric would be twice as many: a moment may be float32.)
 template <Sweep S, Family F>
 constexpr bool kHasOwnLoops =
-    S == Sweep::kStats || (F == Family::kElementary && S != Sweep::kProxInMetric);
+    S == Sweep::kStats || (F == Family::kElementary && S != Sweep::kProxInMetric && !kSteps<S>);
+
+template <Sweep S, Family F, class C>
+PYREG_DEVICE void visit_step_of(const Parameter& p, const Entry& entry, const Place& place,
+                                int thread, typename Shared<S>::Warp* keep) {
+  const RowStep row = p.step(place.row);
+  const StepNumbers<C> numbers = step_numbers<S, C>(p, entry, row);
+  bool wide = place.n == kChunk && at_16_bytes(entry.w) && at_16_bytes(entry.g) &&
+              at_16_bytes(row.master);  // (an absent one is at 16 bytes too)
+#pragma unroll
+  for (int k = 0; k < kMaxStates; ++k) wide = wide && at_16_bytes(row.states[k]);
+  const auto visit = [&](C* first, C* second) {
+    return visit_step<S, F, C>(entry, place, row, wide, thread, numbers, first, second);
+  };
+  if constexpr (kSumsInRegisters<C>) {
+    Totals<C> totals;
+    totals.zeros = visit(totals.first, totals.second);
+    by_kind<S, C>(static_cast<DType>(entry.dtype), false, wide,
+                  [&](auto kind) { keep_totals<S, decltype(kind)::W>(totals, thread, keep); });
+  } else {
+    clear_sums<C>(keep->lanes, thread, wide);
+    keep->zeros[thread] = visit(keep->lanes[0], keep->lanes[1]);
+  }
+}
 
 template <Sweep S, Family F>
 PYREG_DEVICE void visit_any(const Parameter& p, const Entry& entry, const Place& place, int thread,
                             typename Shared<S>::Warp* keep) {
-  if constexpr (S == Sweep::kStats) {
+  if constexpr (kSteps<S>) {
+    if (static_cast<DType>(entry.dtype) == DType::kFloat64)
+      visit_step_of<S, F, double>(p, entry, place, thread, keep);
+    else
+      visit_step_of<S, F, float>(p, entry, place, thread, keep);
+  } else if constexpr (S == Sweep::kStats) {
     visit_dtype<S, L1>(p, entry, place, thread, keep);  // (any penalty: it is not asked)
   } else if constexpr (kHasOwnLoops<S, F>) {
     by_penalty<F>(p.rule(entry.rule).penalty, [&](auto penalty) {

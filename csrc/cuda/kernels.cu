@@ -114,6 +114,10 @@ const void* kernel(Sweep s) {
       return reinterpret_cast<const void*>(&sweep<Sweep::kProx, F>);
     case Sweep::kProxInMetric:
       return reinterpret_cast<const void*>(&sweep<Sweep::kProxInMetric, F>);
+    case Sweep::kStepWithGradient:
+      return reinterpret_cast<const void*>(&sweep<Sweep::kStepWithGradient, F>);
+    case Sweep::kStepWithProx:
+      return reinterpret_cast<const void*>(&sweep<Sweep::kStepWithProx, F>);
     case Sweep::kStats:
       if constexpr (F == Family::kElementary)
         return reinterpret_cast<const void*>(&sweep<Sweep::kStats, F>);

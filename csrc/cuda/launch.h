@@ -10,8 +10,9 @@
 
 namespace pyreg::cuda {
 
-constexpr const char* kSweepNames[kSweeps] = {"value", "gradient",       "accumulate",
-                                              "prox",  "prox_in_metric", "stats"};
+constexpr const char* kSweepNames[kSweeps] = {
+    "value",          "gradient", "accumulate",         "prox",
+    "prox_in_metric", "stats",    "step with gradient", "step with prox"};
 
 // What it was built with: CUDA's version (13000 for 13.0), and architectures as CMake lists them.
 int built_with();

@@ -67,8 +67,8 @@ class Plan {
 
   Family family() const { return family_; }
   bool by_value() const {
-    const size_t most = metrics_.empty() ? kEntries : kEntriesInMetric;
-    return fits_ && entries_.size() <= most;
+    return fits_ &&
+           entries_.size() * sizeof(PackedEntry) + behind_bytes() <= sizeof(Parameter::entries);
   }
   uint32_t rows() const { return static_cast<uint32_t>(order_.size()); }
   uint32_t rules() const { return static_cast<uint32_t>(rules_.size()) - 1; }
@@ -79,11 +79,20 @@ class Plan {
   // which g[i] is the moment then. Without g there are no gradients.
   void show(void* const* w, void* const* g, const RowMetric* metrics = nullptr) {
     metrics_.resize(metrics == nullptr ? 0 : order_.size());
+    facts_.clear(), steps_.clear(), numbers_.clear();
     for (size_t i = 0; i < order_.size(); ++i) {
       entries_[i].w = w[order_[i]];
       entries_[i].g = g == nullptr ? nullptr : g[order_[i]];
       if (metrics != nullptr) metrics_[i] = metrics[order_[i]];
     }
+  }
+
+  // After show(): steps[i] is what a step does to the i-th tensor, in the caller's order. `numbers`
+  // are all sets, unless the facts say where they are.
+  void step(const StepFacts& facts, const RowStep* steps, std::vector<double> numbers) {
+    facts_.assign(1, facts);
+    for (int32_t i : order_) steps_.push_back(steps[i]);
+    numbers_ = std::move(numbers);
   }
 
   // [rules][kMaxStrengths]
@@ -95,12 +104,11 @@ class Plan {
       }
   }
 
-  // What a table in device memory holds: the entries, the rules, the metrics.
+  // What a table in device memory holds: the entries, the rules, the metrics or steps.
   size_t table_bytes() const {
-    return entries_.size() * sizeof(Entry) + rules_.size() * sizeof(Rule) +
-           metrics_.size() * sizeof(RowMetric);
+    return entries_.size() * sizeof(Entry) + rules_.size() * sizeof(Rule) + behind_bytes();
   }
-  void write_table(char* to) const { copy(metrics_, copy(rules_, copy(entries_, to))); }
+  void write_table(char* to) const { write_behind(copy(rules_, copy(entries_, to))); }
 
   // All of a parameter but its results and scratch, for at most so many blocks. `table` is the
   // table's place in device memory; null puts all into the parameter. Returns the grid's size.
@@ -112,7 +120,7 @@ class Plan {
     } else {
       if (!by_value()) throw std::logic_error("the tensors do not fit into one parameter");
       for (size_t i = 0; i < entries_.size(); ++i) p.entries[i] = PackedEntry::pack(entries_[i]);
-      copy(metrics_, reinterpret_cast<char*>(p.entries + entries_.size()));
+      write_behind(reinterpret_cast<char*>(p.entries + entries_.size()));
       std::copy(rules_.begin(), rules_.end(), p.rule_entries);
     }
     p.scale = scale.scalar;
@@ -129,6 +137,15 @@ class Plan {
   }
 
  private:
+  // Behind the entries, or in a table the rules.
+  size_t behind_bytes() const {
+    return metrics_.size() * sizeof(RowMetric) + facts_.size() * sizeof(StepFacts) +
+           steps_.size() * sizeof(RowStep) + numbers_.size() * sizeof(double);
+  }
+  void write_behind(char* to) const {
+    copy(numbers_, copy(steps_, copy(facts_, copy(metrics_, to))));
+  }
+
   // Returns where the copy ends.
   template <class T>
   static char* copy(const std::vector<T>& from, char* to) {
@@ -141,6 +158,9 @@ class Plan {
   std::vector<Entry> entries_;      // [rows + 1]
   std::vector<Rule> rules_;         // [rules + 1]
   std::vector<RowMetric> metrics_;  // [rows], or none
+  std::vector<StepFacts> facts_;    // one, or none
+  std::vector<RowStep> steps_;      // [rows], or none
+  std::vector<double> numbers_;     // [sets * kSetNumbers], or none
   int64_t run_ = 1;                 // chunks in a segment
   uint32_t chunks_ = 0;
   Family family_ = Family::kElementary;

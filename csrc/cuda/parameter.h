@@ -6,9 +6,10 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
-#include "../penalties.h"
 #include "../table.h"
+#include "../updates.h"
 
 #if defined(__CUDACC__)
 #define PYREG_DEVICE __device__ __forceinline__
@@ -18,8 +19,17 @@
 
 namespace pyreg::cuda {
 
-enum class Sweep : int { kValue, kGradient, kAccumulate, kProx, kProxInMetric, kStats };
-constexpr int kSweeps = 6;
+enum class Sweep : int {
+  kValue,
+  kGradient,
+  kAccumulate,
+  kProx,
+  kProxInMetric,
+  kStats,
+  kStepWithGradient,
+  kStepWithProx
+};
+constexpr int kSweeps = 8;
 
 // The penalties that a kernel knows: those of PYREG_ELEMENTARY, or all.
 enum class Family : int { kElementary, kAll };
@@ -35,15 +45,20 @@ template <Sweep S>
 constexpr bool kReadsBeside = S == Sweep::kAccumulate || S == Sweep::kProxInMetric;
 template <Sweep S>
 constexpr bool kWritesTensor = S == Sweep::kProx || S == Sweep::kProxInMetric;
+template <Sweep S>  // an optimizer's
+constexpr bool kSteps = S == Sweep::kStepWithGradient || S == Sweep::kStepWithProx;
 template <Sweep S>
 constexpr bool kHasTotals = S != Sweep::kGradient && S != Sweep::kProx;
-// Numbers in a partial: the sums of a rule, or what `stats` tells of a row.
+// Numbers in a partial: the sums of a rule, after a step its zeros too; or what `stats` tells of a
+// row.
 template <Sweep S>
-constexpr int kColumns = S == Sweep::kStats ? 5 : kMaxSums;
+constexpr int kColumns = S == Sweep::kStats ? 5
+                         : kSteps<S>        ? kMaxSums + 1
+                                            : kMaxSums;
 
 // Tells the compiler what a pointer out of a table points to: else it loads by a slower way.
 template <class T>
-PYREG_DEVICE T* in_device_memory(void* p) {
+PYREG_DEVICE T* in_device_memory(std::conditional_t<std::is_const_v<T>, const void*, void*> p) {
 #if defined(__CUDA_ARCH__)
   __builtin_assume(__isGlobal(p));
 #endif
@@ -104,6 +119,29 @@ struct RowMetric {
 };
 static_assert(sizeof(RowMetric) == 32);
 
+// What an optimizer's step does to a tensor, as pyreg::Update of sweeps.h.
+struct RowStep {
+  void* states[kMaxStates];  // null: none
+  void* master;              // float32; null: none
+  uint32_t key;              // where random roundings begin
+  uint32_t set;              // which of the numbers are its own
+  uint8_t update;
+  bool float32;  // the states' dtype: float32, or else the tensor's own
+  bool penalised;
+  bool at_random;
+};
+static_assert(sizeof(RowStep) == 48);
+
+// What it is told of all.
+constexpr int kSetNumbers = kNumbers + 3;  // the last three: the metric's, as in RowMetric
+struct StepFacts {
+  const double* numbers;  // [sets * kSetNumbers] in device memory; null: they lie behind the rows
+  Scalar grad_scale;      // what gradients are divided by
+  Scalar found_inf;       // where it is not 0, nothing is written
+  ScalarKind grad_scale_kind, found_inf_kind;
+};
+static_assert(sizeof(StepFacts) == 32);
+
 // The same in 24 bytes, where the numbers are small enough.
 struct PackedEntry {
   static constexpr int kChunkBits = 27, kSegmentBits = 13, kRuleBits = 10, kLastBits = 12;
@@ -156,8 +194,8 @@ constexpr int kEntriesInMetric =  // with a metric each
 struct Parameter {
   const Entry* table;      // [rows + 1] in device memory; null: `entries` below
   const Rule* rule_table;  // [rules + 1]
-  // value, accumulate, prox_in_metric: the value, the sums [rules * columns], each rule's value
-  // [rules], the value as float32.
+  // value, accumulate, prox_in_metric, steps: the value, the sums [rules * columns], each rule's
+  // value [rules], the value as float32; after a step the zeros, int64.
   // stats: [rows * columns].
   double* out;
   double* partials;  // [segments * columns]
@@ -179,6 +217,30 @@ struct Parameter {
   PYREG_DEVICE RowMetric metric(uint32_t i) const {
     return table ? reinterpret_cast<const RowMetric*>(rule_table + rules + 1)[i]
                  : reinterpret_cast<const RowMetric*>(entries + rows + 1)[i];
+  }
+  // Steps: the facts, [rows], and the numbers, if they are not elsewhere.
+  PYREG_DEVICE StepFacts step_facts() const { return table ? *table_facts() : *own_facts(); }
+  PYREG_DEVICE RowStep step(uint32_t i) const {
+    return table ? steps_of(table_facts())[i] : steps_of(own_facts())[i];
+  }
+  PYREG_DEVICE double step_number(const StepFacts& facts, uint32_t set, int k) const {
+    const uint32_t i = set * kSetNumbers + k;
+    if (facts.numbers != nullptr) return load(in_device_memory<const double>(facts.numbers) + i);
+    return table ? numbers_of(table_facts())[i] : numbers_of(own_facts())[i];
+  }
+
+ private:
+  PYREG_DEVICE const StepFacts* table_facts() const {
+    return reinterpret_cast<const StepFacts*>(rule_table + rules + 1);
+  }
+  PYREG_DEVICE const StepFacts* own_facts() const {
+    return reinterpret_cast<const StepFacts*>(entries + rows + 1);
+  }
+  PYREG_DEVICE static const RowStep* steps_of(const StepFacts* facts) {
+    return reinterpret_cast<const RowStep*>(facts + 1);
+  }
+  PYREG_DEVICE const double* numbers_of(const StepFacts* facts) const {
+    return reinterpret_cast<const double*>(steps_of(facts) + rows);
   }
 };
 static_assert(sizeof(Parameter) <= kParameterBytes, "passed by value");

@@ -63,15 +63,16 @@ PYREG_DEVICE void put(V* to, const V& x) {
 // Stores N slots, and leaves in x what was stored.
 template <int W, class T, class C, int N>
 PYREG_DEVICE void store(C (&x)[N], T* to, int thread, int first, int left) {
+  using V = typename Held<T, W, N>::V;
+  constexpr int kEach = Held<T, W, N>::kEach;
 #pragma unroll
-  for (int k = 0; k < N; k += W) {
-    Vector<T, W> y;
+  for (int k = 0; k < N; k += kEach) {
+    V y;
 #pragma unroll
-    for (int e = 0; e < W; ++e) narrow(x[k + e], y.at[e]);
-    if (W > 1 || k < left)
-      put(reinterpret_cast<Vector<T, W>*>(to + offset_of<W>(thread, first + k)), y);
+    for (int e = 0; e < kEach; ++e) narrow(x[k + e], y.at[e]);
+    if (W > 1 || k < left) put(reinterpret_cast<V*>(to + offset_of<W>(thread, first + k)), y);
 #pragma unroll
-    for (int e = 0; e < W; ++e) x[k + e] = widen(y.at[e]);
+    for (int e = 0; e < kEach; ++e) x[k + e] = widen(y.at[e]);
   }
 }
 
@@ -93,7 +94,7 @@ PYREG_DEVICE void by_width(bool wide, const Body& body) {
 }
 template <Sweep S, class T, class Body>
 PYREG_DEVICE void by_moment(bool float32, bool wide, const Body& body) {
-  if constexpr (S == Sweep::kProxInMetric && sizeof(T) != sizeof(float))
+  if constexpr ((S == Sweep::kProxInMetric || kSteps<S>) && sizeof(T) != sizeof(float))
     if (float32) return by_width<T, float>(wide, body);
   by_width<T, T>(wide, body);
 }

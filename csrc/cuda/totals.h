@@ -70,24 +70,28 @@ PYREG_DEVICE void reduce_lanes(Executor& run, typename Shared<S>::Warp* keep, bo
       halve<8>(sum), halve<4>(sum), halve<2>(sum), halve<1>(sum);
       sums[lane] = sum[0];
     }
-    if (S == Sweep::kStats && lane == 2) {
+    if (kColumns<S> > 2 && lane == 2) {
       double top = 0;
       uint32_t zeros = 0, non_finite = 0;
       for (int i = 0; i < kWarp; ++i) {
-        top = keep->top[i] > top ? keep->top[i] : top;
         zeros += keep->zeros[i];
+        if (S != Sweep::kStats) continue;
+        top = keep->top[i] > top ? keep->top[i] : top;
         non_finite += keep->non_finite[i];
       }
-      sums[2] = top;
-      sums[3] = zeros;
-      sums[4] = non_finite;
+      sums[2] = S == Sweep::kStats ? top : zeros;
+      if constexpr (S == Sweep::kStats) {
+        sums[3] = zeros;
+        sums[4] = non_finite;
+      }
     }
   });
 }
 
-// Column 2 is a maximum.
+// Column 2 of `stats` is a maximum.
+template <Sweep S>
 PYREG_DEVICE double join(int column, double a, double b) {
-  return column == 2 ? (b > a ? b : a) : a + b;
+  return S == Sweep::kStats && column == 2 ? (b > a ? b : a) : a + b;
 }
 
 // The sums of n chunks, in order, into the partials of the segments that end; the last one is
@@ -105,11 +109,11 @@ PYREG_DEVICE void add_chunks(const Parameter& p, Shared<S>& shared, int parity, 
       const uint32_t carried = shared.carry_segment[!parity];
       const double carry = shared.carry[!parity][k];
       if (carried == own)
-        total = join(k, carry, total);
+        total = join<S>(k, carry, total);
       else if (carried != kNone)
         p.partials[static_cast<int64_t>(carried) * kColumns<S> + k] = carry;
     }
-    while (++i < n && segment[i] == own) total = join(k, total, shared.sums[parity][i][k]);
+    while (++i < n && segment[i] == own) total = join<S>(k, total, shared.sums[parity][i][k]);
     if (i < n) {
       p.partials[static_cast<int64_t>(own) * kColumns<S> + k] = total;
     } else {
@@ -153,7 +157,7 @@ PYREG_DEVICE void add_partials(Executor& run, const double* partials, uint32_t n
         second[m] += read_partial(own + 1);
 #pragma unroll
         for (int k = kOrdered; k < kColumns<S>; ++k)
-          rest[k] = join(k, rest[k], read_partial(own + k));
+          rest[k] = join<S>(k, rest[k], read_partial(own + k));
       }
     halve<4>(first), halve<2>(first), halve<1>(first);
     halve<4>(second), halve<2>(second), halve<1>(second);
@@ -166,7 +170,7 @@ PYREG_DEVICE void add_partials(Executor& run, const double* partials, uint32_t n
     run.each_lane([&](int lane) {
       for (int k = 0; k < kColumns<S> && lane < half; ++k) {
         double* own = stripes + k * kWarp + lane;
-        *own = join(k, own[0], own[half]);
+        *own = join<S>(k, own[0], own[half]);
       }
     });
   run.each_lane([&](int lane) {
@@ -225,6 +229,12 @@ PYREG_DEVICE void finish(Executor& run, const Parameter& p, Shared<S>& shared) {
       }
       *p.out = value;
       *reinterpret_cast<float*>(values + units) = static_cast<float>(value);
+      if constexpr (kSteps<S>) {
+        int64_t zeros = 0;
+        for (uint32_t u = 0; u < units; ++u)
+          zeros += static_cast<int64_t>(totals[u * kColumns<S> + 2]);
+        *reinterpret_cast<int64_t*>(values + units + 1) = zeros;
+      }
     }
   });
 }

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..metric import Metric
 from ..pack import GradientMismatch, Pack, StaleLayout
 from ..penalties import Penalty
-from .torch import add_gradient, apply_prox, apply_prox_in_metric
+from .torch import add_gradient, apply_prox, apply_prox_in_metric, count, flat_sets
 
 
 @cache
@@ -175,6 +175,7 @@ class _State:
 
 class CudaBackend:
     name = "native"
+    count = staticmethod(count)
 
     def missing(self) -> str | None:
         native = load()
@@ -272,26 +273,109 @@ class CudaBackend:
                 of_rules[pack.rule_of[i]] += own
         return value, of_rules
 
+    def step(
+        self,
+        pack: Pack,
+        tensors: list[Tensor],
+        states: list[list[Tensor | None]],
+        updates: list[str],
+        sets: list[int],
+        numbers: list[tuple[Sequence[float], Metric]] | Tensor,
+        penalised: bytes,
+        prox: bool,
+        rules: Sequence[Penalty],
+        scale: float | Tensor,
+        *,
+        masters: Sequence[Tensor | None] = (),
+        keys: Sequence[int | None] = (),
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """An optimizer's step on every row, and the penalty's gradient or prox in it.
+
+        Args:
+            states: for each kind of state, [rows]; they are changed.
+            updates: [rows] an update of csrc/updates.h, by name.
+            sets: [rows] which of the `numbers` are a row's own.
+            numbers: of each set, or float64 [sets, 12] on the device: the update's 9, and the
+                metric's numerator, factor and offset.
+            penalised: [rows] 1 or 0.
+            scale: what the penalty's gradient is multiplied by.
+            masters: nothing, or [rows] the float32 weights that a 16-bit row is the rounded copy
+                of, or None.
+            keys: nothing, or [rows] where the random roundings of a bfloat16 row begin, or None.
+            grad_scale: what gradients are divided by, one number on the device.
+            found_inf: the same; where it is not 0, nothing is changed.
+
+        Returns:
+            The value, each rule's, and how many penalised weights are 0 now, on the device; None
+            where it cannot be one sweep, and nothing was done.
+        """
+        native = load()
+        index = {name: native.updates.index(name) for name in set(updates)}
+        out = self._out(pack, native.max_sums + 1)
+        taken = self._sweep(
+            "step",
+            pack,
+            tensors,
+            out,
+            states,
+            [index[name] for name in updates],
+            sets,
+            self._sets(pack, len(tensors), numbers),
+            penalised,
+            prox,
+            _strengths(rules, pack),
+            _number(scale, pack),
+            list(masters),
+            list(keys),
+            None if grad_scale is None else _number(grad_scale, pack),
+            None if found_inf is None else _number(found_inf, pack),
+        )
+        if not taken:
+            return None
+        torch.autograd.graph.increment_version(tensors)
+        return self._value(pack, out), self._parts(pack, out)[1], out[-1:].view(torch.int64)[0]
+
+    def _sets(
+        self, pack: Pack, rows: int, numbers: list[tuple[Sequence[float], Metric]] | Tensor
+    ) -> list[float] | Tensor:
+        """On the device where tensors need a table, lest it be copied anew at every step."""
+        if isinstance(numbers, Tensor):
+            return numbers.contiguous()
+        flat = flat_sets(numbers)
+        if load().step_fits(rows, len(numbers)):
+            return flat
+        if _current(pack.device).capturing:
+            raise RuntimeError(
+                "a CUDA graph is being captured, and an optimizer's learning rate or step count is "
+                "on the host: take capturable=True"
+            )
+        host = torch.tensor(flat, dtype=torch.float64)
+        if pack.device.type == "cuda":
+            host = host.pin_memory()
+        return host.to(pack.device, non_blocking=True)
+
     def stats(self, pack: Pack, tensors: list[Tensor]) -> Tensor:
         out = torch.empty(len(tensors), 5, dtype=torch.float64, device=pack.device)
         self._sweep("stats", pack, tensors, out)
         return out
 
-    def _out(self, pack: Pack) -> Tensor:
-        """[1 + rules * max_sums + rules + 1]: the value, each rule's sums, each rule's value, the
-        value as float32."""
-        size = 2 + len(pack.penalties) * (load().max_sums + 1)
+    def _out(self, pack: Pack, columns: int | None = None) -> Tensor:
+        """[1 + rules * columns + rules + 2]: the value, each rule's sums (after a step its zeros
+        too), each rule's value, the value as float32, the zeros."""
+        columns = load().max_sums if columns is None else columns
+        size = 3 + len(pack.penalties) * (columns + 1)
         return torch.empty(size, dtype=torch.float64, device=pack.device)
 
     def _parts(self, pack: Pack, out: Tensor) -> tuple[Tensor, Tensor]:
         """The sums and the rules' values of such an `out`."""
         rules = len(pack.penalties)
-        _, sums, values, _ = out.split([1, rules * load().max_sums, rules, 1])
-        return sums, values
+        return out[1 : -2 - rules], out[-2 - rules : -2]
 
     def _value(self, pack: Pack, out: Tensor) -> Tensor:
         """As float32 if no tensor is float64: that saves a launch to convert it."""
-        return out[0] if pack.layouts[self.name].wide else out[-1:].view(torch.float32)[0]
+        return out[0] if pack.layouts[self.name].wide else out[-2:-1].view(torch.float32)[0]
 
     def _state(self, pack: Pack, tensors: list[Tensor]) -> _State:
         state = pack.layouts.get(self.name)

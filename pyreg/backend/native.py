@@ -14,7 +14,7 @@ from ..metric import Metric
 from ..pack import GradientMismatch, Pack, StaleLayout
 from ..penalties import Penalty
 from . import cuda
-from .torch import add_gradient, apply_prox, apply_prox_in_metric
+from .torch import add_gradient, apply_prox, apply_prox_in_metric, flat_sets
 
 
 @cache
@@ -180,10 +180,7 @@ class NativeBackend:
             The value, each rule's, and how many penalised weights are 0 now; None where it cannot
             be one sweep, and nothing was done.
         """
-        native, flat = load(), []
-        for own, metric in numbers:
-            flat += [*own, *[0.0] * (native.numbers - len(own))]
-            flat += [metric.numerator, metric.factor, metric.offset]
+        native = load()
         index = {name: native.updates.index(name) for name in set(updates)}
         done = self._sweep(
             "step",
@@ -192,7 +189,7 @@ class NativeBackend:
             states,
             [index[name] for name in updates],
             sets,
-            flat,
+            flat_sets(numbers),
             penalised,
             prox,
             self._strengths(rules),

@@ -130,3 +130,28 @@ def apply_prox(penalty: Penalty, w: Tensor, step: float | Tensor) -> None:
 def apply_prox_in_metric(penalty: Penalty, w: Tensor, metric: Metric) -> None:
     """w = prox(w, step of each element)"""
     apply_prox(penalty, w, reference.metric_step(*metric, dtype=w.dtype))
+
+
+def count(counters: list[Tensor]) -> list[float] | Tensor | None:
+    """Each of an optimizer's step counters, after adding 1 to it: numbers, or float64 where the
+    counters are on a device; None if one is no such."""
+    devices = {c.device for c in counters}
+    fine = all(c.dim() == 0 and c.dtype in (torch.float32, torch.float64) for c in counters)
+    if not fine or len(devices) > 1:
+        return None
+    if not counters:
+        return []
+    torch._foreach_add_(counters, 1)
+    if devices == {torch.device("cpu")}:
+        return [c.item() for c in counters]
+    return torch.stack(counters).double()
+
+
+def flat_sets(numbers: Sequence[tuple[Sequence[float], Metric]]) -> list[float]:
+    """The sets of numbers of a step one after the other, 12 each: the 9 of an update, and the
+    metric's numerator, factor and offset."""
+    flat = []
+    for own, metric in numbers:
+        flat += [*own, *[0.0] * (9 - len(own))]
+        flat += [metric.numerator, metric.factor, metric.offset]
+    return flat

@@ -18,7 +18,7 @@ from ..metric import Metric, Number
 from ..pack import Pack
 from ..penalties import Penalty, stack_strengths
 from .addresses import StatesLook, look_at
-from .torch import add_gradient, apply_prox, apply_prox_in_metric
+from .torch import add_gradient, apply_prox, apply_prox_in_metric, count, flat_sets
 
 
 @cache
@@ -50,6 +50,7 @@ class _State:
 
 class TritonBackend:
     name = "triton"
+    count = staticmethod(count)
 
     def missing(self) -> str | None:
         kernels = load()
@@ -157,20 +158,6 @@ class TritonBackend:
                 values[0] += own
                 values[1 + pack.rule_of[i]] += own
         return values[0], values[1:]
-
-    def count(self, counters: list[Tensor]) -> list[float] | Tensor | None:
-        """Each of an optimizer's step counters, after adding 1 to it: numbers, or float64 where the
-        counters are on a device; None if one is no such."""
-        devices = {c.device for c in counters}
-        fine = all(c.dim() == 0 and c.dtype in (torch.float32, torch.float64) for c in counters)
-        if not fine or len(devices) > 1:
-            return None
-        if not counters:
-            return []
-        torch._foreach_add_(counters, 1)
-        if devices == {torch.device("cpu")}:
-            return [c.item() for c in counters]
-        return torch.stack(counters).double()
 
     def step(
         self,
@@ -316,11 +303,7 @@ def _sets(numbers: list[tuple[Sequence[float], Metric]] | Tensor) -> Tensor | by
     """[sets, 12] float64."""
     if isinstance(numbers, Tensor):
         return numbers
-    flat = array("d")
-    for own, metric in numbers:
-        flat.extend([*own, *[0.0] * (9 - len(own))])
-        flat.extend([metric.numerator, metric.factor, metric.offset])
-    return flat.tobytes()
+    return array("d", flat_sets(numbers)).tobytes()
 
 
 def _keys(keys: list[int | None] | Tensor | None) -> Tensor | bytes | None:
