@@ -14,8 +14,7 @@ from typing import Any
 
 import pyreg
 from pyreg.profiling import Record, Row, allocate, environment, measure
-from pyreg.profiling.memory import free_bytes
-from pyreg.profiling.model import memory_needed
+from pyreg.profiling.memory import free_bytes, memory_needed
 from pyreg.profiling.workloads import Workload, many
 
 RESULTS = Path(__file__).parent / "results"

@@ -13,7 +13,7 @@ from torch import nn
 import pyreg
 from pyreg.penalties import PENALTIES
 from pyreg.profiling import LIMITS, WAYS, WORKLOADS, Interrupted
-from pyreg.profiling.model import memory_needed
+from pyreg.profiling.memory import memory_needed
 from pyreg.profiling.parameters import copy_of
 from pyreg.profiling.workloads import Workload
 
@@ -261,6 +261,17 @@ REFUSED = {
     "a way": (model, {"ways": ["lop"]}, ValueError, "ways: 'lop' is none of 'loop', "),
     "a name of ways": (model, {"ways": "loop"}, ValueError, "ways: expected a list of names"),
     "a limit": (model, {"ways": ["flat.sum()"]}, ValueError, r"'flat.sum\(\)' is none of"),
+    "no rounds": (model, {"rounds": 0}, ValueError, "rounds: expected 1 or more, got 0"),
+    "half a round": (model, {"rounds": 1.5}, TypeError, "rounds: expected a whole number, got 1.5"),
+    **{
+        f"{seconds} seconds": (
+            model,
+            {"seconds": seconds},
+            ValueError,
+            f"seconds: expected a finite number, 0 or above, got {seconds}",
+        )
+        for seconds in (float("inf"), float("nan"), -1.0)
+    },
     "a step": (model, {"step": 3}, TypeError, "step: expected a callable .* got 3"),
     "a step of shapes": (
         lambda: WORKLOADS["tiny"],

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from pyreg import cli, doctor
-from pyreg.profiling import WORKLOADS, Interrupted, files, model
+from pyreg.profiling import WORKLOADS, Interrupted, files, memory, model
 from pyreg.profiling.target import NAMES, penalty_of, target_of
 
 QUICK = ["--seconds", "0", "--ways", "loop", "pyreg accumulate_"]
@@ -212,6 +212,7 @@ MISTAKES = {
     "a number short": (["tiny", "--penalty", "mcp:1"], "expected mcp:lam,gamma in numbers"),
     "a strength": (["tiny", "--penalty", "l1:-1"], "--penalty: L1.lam: expected a finite number"),
     "threads": (["tiny", "--threads", "0"], "--threads: expected a number above 0, got 0"),
+    "seconds": (["tiny", "--seconds", "inf"], "seconds: expected a finite number, 0 or above"),
     "a device": (["tiny", "--device", "mps"], "device: expected cpu or cuda, got mps"),
     "no device": (["tiny", "--device", "nonsense"], "nonsense"),
     "a folder": (["tiny", "--json", "nowhere/a.json"], "--json: there is no folder .*nowhere"),
@@ -220,10 +221,10 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_sentence(name, capsys, factories, monkeypatch):
-    monkeypatch.setattr(model, "free_bytes", lambda device: 4e9)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 4e9)
     arguments, message = MISTAKES[name]
     arguments = [text.replace("{}", factories) for text in arguments]
-    status, out, err = run(capsys, *arguments, *QUICK)
+    status, out, err = run(capsys, arguments[0], *QUICK, *arguments[1:])
     assert (status, out) == (1, "")
     assert err.startswith("pyreg profile: ")
     assert re.search(message.replace("{}", factories), err.splitlines()[0]), err
@@ -231,7 +232,7 @@ def test_a_mistake_is_one_sentence(name, capsys, factories, monkeypatch):
 
 
 def test_the_scale_that_it_offers_fits(capsys, monkeypatch):
-    monkeypatch.setattr(model, "free_bytes", lambda device: 30e6)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 30e6)
     _, _, err = run(capsys, "gpt2", *QUICK)
     (scale,) = re.findall(r"try --scale (\S+)$", err)
     assert run(capsys, "gpt2", *QUICK, "--scale", scale)[0] == 0

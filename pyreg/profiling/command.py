@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 
 from .measure import Tell
-from .model import DEFAULT, Profile, TooLarge, profile
+from .memory import TooLarge
+from .model import DEFAULT, profile
+from .result import Profile
 from .target import NAMES, Target, penalty_of, target_of
 from .timing import Interrupted
 from .ways import LIMITS, WAYS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,6 +31,16 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, measured: Any) -> None:
         super().__init__()
         self.measured = measured
+
+
+def check_budget(rounds: int, seconds: float) -> None:
+    """Raise ValueError, or TypeError, unless `by_turns` can keep to this."""
+    if not isinstance(rounds, int):
+        raise TypeError(f"rounds: expected a whole number, got {rounds!r}")
+    if rounds < 1:
+        raise ValueError(f"rounds: expected 1 or more, got {rounds}")
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"seconds: expected a finite number, 0 or above, got {seconds!r}")
 
 
 def summarize(seconds: list[float]) -> Timing:
