@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import replace
 
 import pytest
@@ -145,9 +146,17 @@ def test_a_wrong_step_of_an_optimizer_is_not_timed(monkeypatch):
         monkeypatch.setattr(
             optimizers, "_inside", lambda p, penalty, mode, wrong=wrong: right(p, wrong, mode)
         )
-        for way in ("pyreg AdamW, grad", "pyreg AdamW, prox"):
-            with pytest.raises(AssertionError, match="is off by"):
-                pyreg.profile(model(), L1, ways=[way], **FEW)
+        ways = ["loop", "pyreg AdamW, grad", "pyreg AdamW, prox"]
+        result = pyreg.profile(model(), L1, ways=ways, **FEW)
+        rows = {row.way: row for row in result.rows}
+        for way in ways[1:]:
+            assert rows[way].seconds is None
+            assert rows[way].wrong
+            assert re.match(r"not timed: its (value|update \+ \w+) is off by", rows[way].note)
+            assert rows[way].note in result.table()
+        assert result.best().way == "loop"
+        assert rows["AdamW, no penalty"].seconds > 0
+        assert not any(row.wrong for way, row in rows.items() if way not in ways[1:])
 
 
 def test_mixed_dtypes_and_strides_are_copied():

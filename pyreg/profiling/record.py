@@ -38,6 +38,7 @@ class Row:
     first_seconds: float | None = None  # the first run, with whatever it builds or compiles
     adds: float | None = None  # seconds that a training step takes longer by this way
     share: float | None = None  # of such a step, in 0..1, where a step was measured too
+    wrong: bool = False  # its result is not the penalty's, and so it was not timed
     note: str = ""  # why it was not measured, or what is wrong with its value
 
 
