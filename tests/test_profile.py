@@ -281,6 +281,7 @@ REFUSED = {
         )
         for seconds in (float("inf"), float("nan"), -1.0)
     },
+    "a trace": (model, {"trace": "nowhere/a"}, ValueError, "trace: there is no folder .*nowhere"),
     "a step": (model, {"step": 3}, TypeError, "step: expected a callable .* got 3"),
     "a step of shapes": (
         lambda: WORKLOADS["tiny"],

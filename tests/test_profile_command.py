@@ -31,6 +31,18 @@ def good():
     return net, step
 
 def alone(): return nn.Linear(4, 3)
+
+def lazy():
+    from beside import net
+    def step():
+        import beside_the_step
+    return net, step
+
+def elsewhere():
+    import os
+    os.chdir("/")
+    return lazy()
+
 def fails(): raise OSError("no data here")
 def empty(): return nn.ReLU()
 def number(): return 3
@@ -51,9 +63,12 @@ def factories(tmp_path, monkeypatch):
     name = f"factories_{tmp_path.name.replace('-', '_')}"
     (tmp_path / f"{name}.py").write_text(FACTORIES)
     (tmp_path / "raises_on_import.py").write_text("1 / 0")
+    (tmp_path / "beside.py").write_text("from torch import nn; net = nn.Linear(4, 3)")
+    (tmp_path / "beside_the_step.py").write_text("")
     monkeypatch.chdir(tmp_path)
     yield name
-    sys.modules.pop(name, None)
+    for imported in (name, "beside", "beside_the_step"):
+        sys.modules.pop(imported, None)
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -108,6 +123,17 @@ def test_a_factory(capsys, factories):
     status, out, _ = run(capsys, f"{factories}:Inner.alone", *QUICK)
     assert status == 0
     assert "For Linear (2 tensors, " in out
+
+
+@pytest.mark.parametrize("name", ["lazy", "elsewhere"])
+def test_a_factory_that_imports_late_or_goes_elsewhere(name, capsys, factories, tmp_path):
+    """A factory and its step import from the current folder; outputs stay where they were asked."""
+    path = sys.path.copy()
+    status, _, err = run(capsys, f"{factories}:{name}", *QUICK, "--json", "a.json", "--trace", "b")
+    assert (status, err) == (0, "")
+    assert json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert json.loads((tmp_path / "b").read_text())["traceEvents"]
+    assert sys.path == path
 
 
 def write_safetensors(path: Path, header: object, data: bytes = b"") -> Path:
@@ -215,7 +241,6 @@ MISTAKES = {
     "seconds": (["tiny", "--seconds", "inf"], "seconds: expected a finite number, 0 or above"),
     "a device": (["tiny", "--device", "mps"], "device: expected cpu or cuda, got mps"),
     "no device": (["tiny", "--device", "nonsense"], "nonsense"),
-    "a folder": (["tiny", "--json", "nowhere/a.json"], "--json: there is no folder .*nowhere"),
 }
 
 
@@ -229,6 +254,33 @@ def test_a_mistake_is_one_sentence(name, capsys, factories, monkeypatch):
     assert err.startswith("pyreg profile: ")
     assert re.search(message.replace("{}", factories), err.splitlines()[0]), err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("kind", ["json", "html", "trace"])
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("nowhere/a", "there is no folder .*/nowhere"),
+        (".", ".* cannot be written: Is a directory"),
+        ("a" * 300, ".* cannot be written: File name too long"),
+        ("/proc/a", "(/proc/a cannot be written: .*|there is no folder .*)"),
+    ],
+)
+def test_what_cannot_be_written_is_said_first(kind, path, message, capsys, factories):
+    """Before the factory runs, which would fail."""
+    status, out, err = run(capsys, f"{factories}:fails", *QUICK, f"--{kind}", path)
+    assert (status, out) == (1, "")
+    assert re.fullmatch(f"pyreg profile: --{kind}: {message}\n", err), err
+
+
+def test_to_ask_whether_it_can_be_written_leaves_no_trace(capsys, tmp_path):
+    (tmp_path / "old.json").write_text("old")
+    (tmp_path / "link.json").symlink_to(tmp_path / "new.json")
+    for name in ("old.json", "link.json", "other.json"):
+        path = str(tmp_path / name)
+        assert run(capsys, "tiny", "--json", path, "--penalty", "l1:nothing")[0] == 1
+    assert (tmp_path / "old.json").read_text() == "old"
+    assert {path.name for path in tmp_path.iterdir()} == {"old.json", "link.json"}
 
 
 def test_the_scale_that_it_offers_fits(capsys, monkeypatch):

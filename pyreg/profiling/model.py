@@ -15,6 +15,7 @@ from .environment import environment
 from .measure import Tell, measure
 from .memory import check_free, memory_needed
 from .parameters import allocate, copy_of, workload_of
+from .record import check_writable
 from .result import Profile, added_up
 from .timing import Interrupted, check_budget
 from .unchanged import Kept
@@ -78,6 +79,9 @@ def profile(
     """
     inputs.check_penalty(penalty)
     check_budget(rounds, seconds)
+    if trace is not None:
+        trace = Path(trace).absolute()  # wherever the step goes
+        check_writable("trace", trace)
     chosen = inputs.check_ways(DEFAULT if ways is None else ways)
     if step is not None and not callable(step):
         raise TypeError(f"step: expected a callable without arguments, got {step!r}")
@@ -104,10 +108,9 @@ def profile(
         )
         inputs.check_finite(parameters)
         result = Profile(environment(), (), repr(penalty), workload.bytes, needed)
-        options = {"rounds": rounds, "seconds": seconds, "tell": tell, "step": step}
-        options["trace"] = None if trace is None else Path(trace)
+        options = {"rounds": rounds, "seconds": seconds, "tell": tell}
         try:
-            rows = measure(parameters, penalty, chosen, **options)
+            rows = measure(parameters, penalty, chosen, step=step, trace=trace, **options)
         except Interrupted as stopped:
             stopped.measured = replace(result, rows=added_up(stopped.measured), complete=False)
             raise
