@@ -342,9 +342,23 @@ def test_it_needs_no_more_than_it_said():
 
 
 def test_scaled_workloads():
-    small = WORKLOADS["resnet"].scaled(0.01)
-    assert len(small.shapes) == len(WORKLOADS["resnet"].shapes)
-    assert 0.005 < small.elements / WORKLOADS["resnet"].elements < 0.02
+    for name, workload in WORKLOADS.items():
+        for scale in (0.5, 0.1, 0.01):
+            small = workload.scaled(scale)
+            assert [n for n, _ in small.shapes] == [n for n, _ in workload.shapes]
+            assert min(min(shape) for _, shape in small.shapes) >= 1
+            share = small.elements / workload.elements
+            if name != "many-tiny":  # (vectors of 64 have sizes in steps)
+                assert 0.95 * scale < share <= scale, (name, scale)
+    small = dict(WORKLOADS["gpt2"].scaled(0.1).shapes)
+    (width,) = small["h.0.ln_1.weight"]
+    assert small["h.0.attn.c_proj.weight"] == (width, width)
+    assert small["wte.weight"][1] == width
+    assert small["h.0.attn.c_attn.bias"] == small["h.0.attn.c_attn.weight"][1:]
+    least = WORKLOADS["many"].scaled(1e-9)
+    assert least.elements == len(least.shapes), "one element each"
+    odd = Workload("odd", "odd", (("scalar", ()), ("none", (0, 8)), ("one", (1, 10)), ("w", (9,))))
+    assert [shape for _, shape in odd.scaled(0.5).shapes] == [(), (0, 4), (1, 5), (4,)]
     assert WORKLOADS["gpt2"].scaled(1) is WORKLOADS["gpt2"]
     for scale in (0.0, -1.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match="scale: expected a number above 0 and at most 1"):

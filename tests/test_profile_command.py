@@ -214,10 +214,46 @@ def test_a_file_that_is_not_what_its_name_says(name, capsys, tmp_path):
     assert re.match(rf"pyreg profile: .*{name}: .*\n$", err), err
 
 
-def test_a_negative_size(tmp_path):
-    header = {"a": {"dtype": "F32", "shape": [-1, 2], "data_offsets": [0, 8]}}
-    with pytest.raises(ValueError, match="its header is not one"):
-        files.read(write_safetensors(tmp_path / "net.safetensors", header, bytes(8)))
+@pytest.mark.parametrize(
+    ("shape", "offsets", "message"),
+    [
+        ([-1, -2], [0, 8], "its header is not one"),
+        ([2.0], [0, 8], "its header is not one"),
+        ([True, 2], [0, 8], "its header is not one"),
+        ([3], [0, 8], "its header is not one"),
+        ([1 << 40, 1 << 40], [0, 8], "its header is not one"),
+        ([1 << 62] * 64, [0, 8], "its header is not one"),
+        ([1] * 1000, [0, 4], "its header is not one"),
+        ([2], [8, 0], "its header is not one"),
+        ([2], [-8, 0], "its header is not one"),
+        ([2], [0.0, 8.0], "its header is not one"),
+        ([2], [0, 8, 16], "its header is not one"),
+        ([2], None, "its header is not one"),
+        ([3], [0, 12], "it is cut short, or its header is wrong: 'a' ends at byte 12 of 8"),
+        ([1 << 58], [0, 1 << 60], "'a' ends at byte 1,152,921,504,606,846,976 of 8"),
+        ([1 << 80], [0, 1 << 82], "it is cut short, or its header is wrong: 'a' ends at byte"),
+    ],
+)
+def test_a_header_that_tells_of_what_is_not_there(shape, offsets, message, capsys, tmp_path):
+    header = {"a": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}
+    path = write_safetensors(tmp_path / "net.safetensors", header, bytes(8))
+    status, out, err = run(capsys, str(path), *QUICK)
+    assert (status, out) == (1, "")
+    assert re.match(r"pyreg profile: .*net\.safetensors: .*\n$", err), err
+    assert message in err
+
+
+def test_a_file_that_is_cut_short(capsys, tmp_path):
+    """Wherever that is, also for a tensor that is none of the weights."""
+    header = {"ids": {"dtype": "I64", "shape": [2], "data_offsets": [8, 24]}}
+    header["a"] = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    path = write_safetensors(tmp_path / "net.safetensors", header, bytes(24))
+    whole = path.read_bytes()
+    assert dict(files.read(path).shapes) == {"a": (2,)}
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"not a safetensors file|it is cut short"):
+            files.read(path)
 
 
 MISTAKES = {
@@ -283,11 +319,12 @@ def test_to_ask_whether_it_can_be_written_leaves_no_trace(capsys, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"old.json", "link.json"}
 
 
-def test_the_scale_that_it_offers_fits(capsys, monkeypatch):
+@pytest.mark.parametrize("name", ["gpt2", "many"])
+def test_the_scale_that_it_offers_fits(name, capsys, monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda device: 30e6)
-    _, _, err = run(capsys, "gpt2", *QUICK)
+    _, _, err = run(capsys, name, *QUICK)
     (scale,) = re.findall(r"try --scale (\S+)$", err)
-    assert run(capsys, "gpt2", *QUICK, "--scale", scale)[0] == 0
+    assert run(capsys, name, *QUICK, "--scale", scale)[0] == 0
 
 
 def test_without_matplotlib_html_is_refused_first(capsys, monkeypatch):
