@@ -7,7 +7,7 @@ import pytest
 from pyreg.profiling import timing
 
 READING = 1e-6  # seconds: some twenty times that of a real clock
-TELLING = 1e-4  # as a progress bar that is drawn ten times a second takes, on average
+TELLING = 1e-4  # more than a progress bar that is drawn four times a second, on average
 MOST = 0.02  # of what is measured
 
 

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .measure import Tell
 
-_EVERY = 0.1  # seconds: to draw takes half a millisecond, which short runs would share
+_EVERY = 0.25  # seconds: to draw takes half a millisecond, which short runs would share
 
 
 @contextmanager
