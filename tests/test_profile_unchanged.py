@@ -118,6 +118,14 @@ def test_modules_of_other_kinds(make):
     assert net.training
 
 
+def test_a_buffer_of_inference_mode():
+    net = Net()
+    with torch.inference_mode():
+        net.later = torch.ones(2)
+    profiled(net, torch.inference_mode()(lambda: net.later.zero_()))
+    assert torch.equal(net.later, torch.ones(2))
+
+
 def test_tensors_that_are_not_penalised():
     """Of pairs those without a gradient; and what else the optimizer steps."""
     net = Net()

@@ -6,7 +6,7 @@ import gc
 import random
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +133,8 @@ class _Tensor:
 
     def restore(self) -> None:
         self.tensor.data = self._place
-        _distinct(self.tensor).copy_(self._elements)
+        with torch.inference_mode() if self.tensor.is_inference() else nullcontext():
+            _distinct(self.tensor).copy_(self._elements)
         if self._is_leaf:
             if not self.tensor.is_leaf:
                 self.tensor.detach_()
