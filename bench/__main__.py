@@ -1,7 +1,7 @@
 """Workloads x penalties x ways: tables and targets, written to bench/results/<name>.json, .csv.
 
 `python -m bench PART ...` runs another part: compare, scaling, roofline, readme, optim, penalties,
-peers.
+peers, overhead.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pyreg.profiling import LIMITS, WAYS, WORKLOADS, Record, Row, allocate, envi
 from . import builds, targets
 
 PENALTIES = (pyreg.L1(1e-5), pyreg.ElasticNet(1e-5, 1e-4))
-PARTS = ("compare", "scaling", "roofline", "readme", "optim", "penalties", "peers")
+PARTS = ("compare", "scaling", "roofline", "readme", "optim", "penalties", "peers", "overhead")
 RESULTS = Path(__file__).parent / "results"
 
 

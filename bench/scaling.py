@@ -14,9 +14,10 @@ from typing import Any
 
 import pyreg
 from pyreg.profiling import Record, Row, allocate, environment, measure
-from pyreg.profiling.memory import free_bytes
-from pyreg.profiling.model import memory_needed
+from pyreg.profiling.memory import free_bytes, memory_needed
 from pyreg.profiling.workloads import Workload, many
+
+from . import targets
 
 RESULTS = Path(__file__).parent / "results"
 PENALTY = pyreg.ElasticNet(1e-5, 1e-4)
@@ -120,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"no plot: {error}", file=sys.stderr)
     print(record.table(), f"written: {path}", sep="\n\n")
-    return 0
+    return 0 if targets.agreement(record.rows).passed else 1
 
 
 if __name__ == "__main__":

@@ -59,7 +59,18 @@ def judge(rows: Sequence[Row], builds: Comparison | None) -> list[Verdict]:
         _memory(rows, "pyreg in the loss, no .grad", 1),
         _builds(builds),
         *(_accuracy(rows, workload) for workload in ("gpt2", "gpt2-bf16")),
+        agreement(rows),
     ]
+
+
+def agreement(rows: Sequence[Row]) -> Verdict:
+    """Whether what pyreg's ways compute is the penalty; one that is wrong has no figures."""
+    wrong = [f"{row.workload}, {row.penalty}: {row.way}" for row in rows if _is_wrong(row)]
+    return Verdict("pyreg's ways that are wrong", "none", "; ".join(wrong) or "none", not wrong)
+
+
+def _is_wrong(row: Row) -> bool:
+    return row.wrong and row.way.startswith("pyreg")
 
 
 def _verdict(what: str, target: str, figure: float | None, form: str, passed: bool) -> Verdict:

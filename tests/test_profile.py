@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 import pyreg
 from pyreg.penalties import PENALTIES
 from pyreg.profiling import LIMITS, WAYS, WORKLOADS, Interrupted
-from pyreg.profiling.model import memory_needed
+from pyreg.profiling.memory import memory_needed
 from pyreg.profiling.parameters import copy_of
 from pyreg.profiling.workloads import Workload
 
@@ -145,9 +146,17 @@ def test_a_wrong_step_of_an_optimizer_is_not_timed(monkeypatch):
         monkeypatch.setattr(
             optimizers, "_inside", lambda p, penalty, mode, wrong=wrong: right(p, wrong, mode)
         )
-        for way in ("pyreg AdamW, grad", "pyreg AdamW, prox"):
-            with pytest.raises(AssertionError, match="is off by"):
-                pyreg.profile(model(), L1, ways=[way], **FEW)
+        ways = ["loop", "pyreg AdamW, grad", "pyreg AdamW, prox"]
+        result = pyreg.profile(model(), L1, ways=ways, **FEW)
+        rows = {row.way: row for row in result.rows}
+        for way in ways[1:]:
+            assert rows[way].seconds is None
+            assert rows[way].wrong
+            assert re.match(r"not timed: its (value|update \+ \w+) is off by", rows[way].note)
+            assert rows[way].note in result.table()
+        assert result.best().way == "loop"
+        assert rows["AdamW, no penalty"].seconds > 0
+        assert not any(row.wrong for way, row in rows.items() if way not in ways[1:])
 
 
 def test_mixed_dtypes_and_strides_are_copied():
@@ -261,6 +270,18 @@ REFUSED = {
     "a way": (model, {"ways": ["lop"]}, ValueError, "ways: 'lop' is none of 'loop', "),
     "a name of ways": (model, {"ways": "loop"}, ValueError, "ways: expected a list of names"),
     "a limit": (model, {"ways": ["flat.sum()"]}, ValueError, r"'flat.sum\(\)' is none of"),
+    "no rounds": (model, {"rounds": 0}, ValueError, "rounds: expected 1 or more, got 0"),
+    "half a round": (model, {"rounds": 1.5}, TypeError, "rounds: expected a whole number, got 1.5"),
+    **{
+        f"{seconds} seconds": (
+            model,
+            {"seconds": seconds},
+            ValueError,
+            f"seconds: expected a finite number, 0 or above, got {seconds}",
+        )
+        for seconds in (float("inf"), float("nan"), -1.0)
+    },
+    "a trace": (model, {"trace": "nowhere/a"}, ValueError, "trace: there is no folder .*nowhere"),
     "a step": (model, {"step": 3}, TypeError, "step: expected a callable .* got 3"),
     "a step of shapes": (
         lambda: WORKLOADS["tiny"],
@@ -321,9 +342,23 @@ def test_it_needs_no_more_than_it_said():
 
 
 def test_scaled_workloads():
-    small = WORKLOADS["resnet"].scaled(0.01)
-    assert len(small.shapes) == len(WORKLOADS["resnet"].shapes)
-    assert 0.005 < small.elements / WORKLOADS["resnet"].elements < 0.02
+    for name, workload in WORKLOADS.items():
+        for scale in (0.5, 0.1, 0.01):
+            small = workload.scaled(scale)
+            assert [n for n, _ in small.shapes] == [n for n, _ in workload.shapes]
+            assert min(min(shape) for _, shape in small.shapes) >= 1
+            share = small.elements / workload.elements
+            if name != "many-tiny":  # (vectors of 64 have sizes in steps)
+                assert 0.95 * scale < share <= scale, (name, scale)
+    small = dict(WORKLOADS["gpt2"].scaled(0.1).shapes)
+    (width,) = small["h.0.ln_1.weight"]
+    assert small["h.0.attn.c_proj.weight"] == (width, width)
+    assert small["wte.weight"][1] == width
+    assert small["h.0.attn.c_attn.bias"] == small["h.0.attn.c_attn.weight"][1:]
+    least = WORKLOADS["many"].scaled(1e-9)
+    assert least.elements == len(least.shapes), "one element each"
+    odd = Workload("odd", "odd", (("scalar", ()), ("none", (0, 8)), ("one", (1, 10)), ("w", (9,))))
+    assert [shape for _, shape in odd.scaled(0.5).shapes] == [(), (0, 4), (1, 5), (4,)]
     assert WORKLOADS["gpt2"].scaled(1) is WORKLOADS["gpt2"]
     for scale in (0.0, -1.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match="scale: expected a number above 0 and at most 1"):

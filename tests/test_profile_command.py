@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from pyreg import cli, doctor
-from pyreg.profiling import WORKLOADS, Interrupted, files, model
+from pyreg.profiling import WORKLOADS, Interrupted, files, memory, model
 from pyreg.profiling.target import NAMES, penalty_of, target_of
 
 QUICK = ["--seconds", "0", "--ways", "loop", "pyreg accumulate_"]
@@ -31,6 +31,18 @@ def good():
     return net, step
 
 def alone(): return nn.Linear(4, 3)
+
+def lazy():
+    from beside import net
+    def step():
+        import beside_the_step
+    return net, step
+
+def elsewhere():
+    import os
+    os.chdir("/")
+    return lazy()
+
 def fails(): raise OSError("no data here")
 def empty(): return nn.ReLU()
 def number(): return 3
@@ -51,9 +63,12 @@ def factories(tmp_path, monkeypatch):
     name = f"factories_{tmp_path.name.replace('-', '_')}"
     (tmp_path / f"{name}.py").write_text(FACTORIES)
     (tmp_path / "raises_on_import.py").write_text("1 / 0")
+    (tmp_path / "beside.py").write_text("from torch import nn; net = nn.Linear(4, 3)")
+    (tmp_path / "beside_the_step.py").write_text("")
     monkeypatch.chdir(tmp_path)
     yield name
-    sys.modules.pop(name, None)
+    for imported in (name, "beside", "beside_the_step"):
+        sys.modules.pop(imported, None)
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -108,6 +123,17 @@ def test_a_factory(capsys, factories):
     status, out, _ = run(capsys, f"{factories}:Inner.alone", *QUICK)
     assert status == 0
     assert "For Linear (2 tensors, " in out
+
+
+@pytest.mark.parametrize("name", ["lazy", "elsewhere"])
+def test_a_factory_that_imports_late_or_goes_elsewhere(name, capsys, factories, tmp_path):
+    """A factory and its step import from the current folder; outputs stay where they were asked."""
+    path = sys.path.copy()
+    status, _, err = run(capsys, f"{factories}:{name}", *QUICK, "--json", "a.json", "--trace", "b")
+    assert (status, err) == (0, "")
+    assert json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert json.loads((tmp_path / "b").read_text())["traceEvents"]
+    assert sys.path == path
 
 
 def write_safetensors(path: Path, header: object, data: bytes = b"") -> Path:
@@ -188,10 +214,46 @@ def test_a_file_that_is_not_what_its_name_says(name, capsys, tmp_path):
     assert re.match(rf"pyreg profile: .*{name}: .*\n$", err), err
 
 
-def test_a_negative_size(tmp_path):
-    header = {"a": {"dtype": "F32", "shape": [-1, 2], "data_offsets": [0, 8]}}
-    with pytest.raises(ValueError, match="its header is not one"):
-        files.read(write_safetensors(tmp_path / "net.safetensors", header, bytes(8)))
+@pytest.mark.parametrize(
+    ("shape", "offsets", "message"),
+    [
+        ([-1, -2], [0, 8], "its header is not one"),
+        ([2.0], [0, 8], "its header is not one"),
+        ([True, 2], [0, 8], "its header is not one"),
+        ([3], [0, 8], "its header is not one"),
+        ([1 << 40, 1 << 40], [0, 8], "its header is not one"),
+        ([1 << 62] * 64, [0, 8], "its header is not one"),
+        ([1] * 1000, [0, 4], "its header is not one"),
+        ([2], [8, 0], "its header is not one"),
+        ([2], [-8, 0], "its header is not one"),
+        ([2], [0.0, 8.0], "its header is not one"),
+        ([2], [0, 8, 16], "its header is not one"),
+        ([2], None, "its header is not one"),
+        ([3], [0, 12], "it is cut short, or its header is wrong: 'a' ends at byte 12 of 8"),
+        ([1 << 58], [0, 1 << 60], "'a' ends at byte 1,152,921,504,606,846,976 of 8"),
+        ([1 << 80], [0, 1 << 82], "it is cut short, or its header is wrong: 'a' ends at byte"),
+    ],
+)
+def test_a_header_that_tells_of_what_is_not_there(shape, offsets, message, capsys, tmp_path):
+    header = {"a": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}
+    path = write_safetensors(tmp_path / "net.safetensors", header, bytes(8))
+    status, out, err = run(capsys, str(path), *QUICK)
+    assert (status, out) == (1, "")
+    assert re.match(r"pyreg profile: .*net\.safetensors: .*\n$", err), err
+    assert message in err
+
+
+def test_a_file_that_is_cut_short(capsys, tmp_path):
+    """Wherever that is, also for a tensor that is none of the weights."""
+    header = {"ids": {"dtype": "I64", "shape": [2], "data_offsets": [8, 24]}}
+    header["a"] = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    path = write_safetensors(tmp_path / "net.safetensors", header, bytes(24))
+    whole = path.read_bytes()
+    assert dict(files.read(path).shapes) == {"a": (2,)}
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"not a safetensors file|it is cut short"):
+            files.read(path)
 
 
 MISTAKES = {
@@ -212,29 +274,57 @@ MISTAKES = {
     "a number short": (["tiny", "--penalty", "mcp:1"], "expected mcp:lam,gamma in numbers"),
     "a strength": (["tiny", "--penalty", "l1:-1"], "--penalty: L1.lam: expected a finite number"),
     "threads": (["tiny", "--threads", "0"], "--threads: expected a number above 0, got 0"),
+    "seconds": (["tiny", "--seconds", "inf"], "seconds: expected a finite number, 0 or above"),
     "a device": (["tiny", "--device", "mps"], "device: expected cpu or cuda, got mps"),
     "no device": (["tiny", "--device", "nonsense"], "nonsense"),
-    "a folder": (["tiny", "--json", "nowhere/a.json"], "--json: there is no folder .*nowhere"),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_sentence(name, capsys, factories, monkeypatch):
-    monkeypatch.setattr(model, "free_bytes", lambda device: 4e9)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 4e9)
     arguments, message = MISTAKES[name]
     arguments = [text.replace("{}", factories) for text in arguments]
-    status, out, err = run(capsys, *arguments, *QUICK)
+    status, out, err = run(capsys, arguments[0], *QUICK, *arguments[1:])
     assert (status, out) == (1, "")
     assert err.startswith("pyreg profile: ")
     assert re.search(message.replace("{}", factories), err.splitlines()[0]), err
     assert "Traceback" not in err
 
 
-def test_the_scale_that_it_offers_fits(capsys, monkeypatch):
-    monkeypatch.setattr(model, "free_bytes", lambda device: 30e6)
-    _, _, err = run(capsys, "gpt2", *QUICK)
+@pytest.mark.parametrize("kind", ["json", "html", "trace"])
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("nowhere/a", "there is no folder .*/nowhere"),
+        (".", ".* cannot be written: Is a directory"),
+        ("a" * 300, ".* cannot be written: File name too long"),
+        ("/proc/a", "(/proc/a cannot be written: .*|there is no folder .*)"),
+    ],
+)
+def test_what_cannot_be_written_is_said_first(kind, path, message, capsys, factories):
+    """Before the factory runs, which would fail."""
+    status, out, err = run(capsys, f"{factories}:fails", *QUICK, f"--{kind}", path)
+    assert (status, out) == (1, "")
+    assert re.fullmatch(f"pyreg profile: --{kind}: {message}\n", err), err
+
+
+def test_to_ask_whether_it_can_be_written_leaves_no_trace(capsys, tmp_path):
+    (tmp_path / "old.json").write_text("old")
+    (tmp_path / "link.json").symlink_to(tmp_path / "new.json")
+    for name in ("old.json", "link.json", "other.json"):
+        path = str(tmp_path / name)
+        assert run(capsys, "tiny", "--json", path, "--penalty", "l1:nothing")[0] == 1
+    assert (tmp_path / "old.json").read_text() == "old"
+    assert {path.name for path in tmp_path.iterdir()} == {"old.json", "link.json"}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "many"])
+def test_the_scale_that_it_offers_fits(name, capsys, monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 30e6)
+    _, _, err = run(capsys, name, *QUICK)
     (scale,) = re.findall(r"try --scale (\S+)$", err)
-    assert run(capsys, "gpt2", *QUICK, "--scale", scale)[0] == 0
+    assert run(capsys, name, *QUICK, "--scale", scale)[0] == 0
 
 
 def test_without_matplotlib_html_is_refused_first(capsys, monkeypatch):

@@ -90,7 +90,11 @@ def test_verdicts(monkeypatch):
         f"llama: host us of {way}": True,
         f"experts: host us of {way}": False,
         f"llama: memory of {way}, MiB": True,
+        "pyreg's ways that are wrong": True,
     }
+    wrong = row("gpt2-xl", way, wrong=True)
+    verdict = targets.judge([wrong], ["triton"])[-1]
+    assert (verdict.figure, verdict.passed) == (f"gpt2-xl, elastic_net: {way}", False)
     assert verdicts[f"experts: host us of {way}"].figure == "7000"
 
 

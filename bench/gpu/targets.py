@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench.targets import BOTH, MIB, Verdict
+from bench.targets import BOTH, MIB, Verdict, agreement
 from pyreg.profiling import Row
 from pyreg.profiling.record import find
 
@@ -41,7 +41,7 @@ def judge(rows: Sequence[Row], backends: Sequence[str]) -> list[Verdict]:
             verdicts.append(_ratio(rows, workload, NATIVE, "pyreg accumulate_, triton", most=1.02))
     if "native" in backends:
         verdicts.append(_ratio(rows, "many-tiny", NATIVE, "foreach", most=1 / 20))
-    return verdicts
+    return [*verdicts, agreement(rows)]
 
 
 def _ratio(rows: Sequence[Row], workload: str, way: str, other: str, most: float) -> Verdict:

@@ -11,9 +11,10 @@ Imports neither matplotlib nor rich; `plot` imports matplotlib when it draws.
 
 from .environment import Environment, environment
 from .measure import measure
-from .model import Profile, profile
+from .model import profile
 from .parameters import Parameters, allocate
 from .record import Record, Row, load
+from .result import Profile
 from .timing import Interrupted
 from .ways import LIMITS, WAYS, Way
 from .workloads import WORKLOADS, Workload

@@ -14,7 +14,10 @@ from pathlib import Path
 import torch
 
 from .measure import Tell
-from .model import DEFAULT, Profile, TooLarge, profile
+from .memory import TooLarge
+from .model import DEFAULT, profile
+from .record import check_writable
+from .result import Profile
 from .target import NAMES, Target, penalty_of, target_of
 from .timing import Interrupted
 from .ways import LIMITS, WAYS
@@ -62,7 +65,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure, print, write; returns the exit status. A mistake of the user is one sentence."""
-    threads = torch.get_num_threads()
+    threads, path = torch.get_num_threads(), sys.path.copy()
     try:
         return _run(options)
     except (OSError, TypeError, ValueError, MemoryError, RuntimeError) as error:
@@ -73,6 +76,7 @@ def run(options: argparse.Namespace) -> int:
         return STOPPED
     finally:
         torch.set_num_threads(threads)
+        sys.path[:] = path
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -125,10 +129,12 @@ def _adapted(target: Target, options: argparse.Namespace) -> Target:
 
 
 def _check_outputs(options: argparse.Namespace) -> None:
+    """All can be written; their paths lead to the same places wherever a factory goes."""
     for kind in ("json", "html", "trace"):
-        path = getattr(options, kind)
-        if path is not None and not path.resolve().parent.is_dir():
-            raise ValueError(f"--{kind}: there is no folder {path.resolve().parent}")
+        if getattr(options, kind) is not None:
+            path = getattr(options, kind).absolute()
+            check_writable(f"--{kind}", path)
+            setattr(options, kind, path)
     if options.html is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError('--html needs matplotlib: pip install "pyreg[profile]"')
 

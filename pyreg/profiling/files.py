@@ -22,6 +22,7 @@ _SAFETENSORS = {
     "BF16": torch.bfloat16,
 }
 _MOST = 100_000_000  # bytes of a header, as the format's own readers have it
+_DIMENSIONS = 64  # of a tensor, as torch's operations have it
 _WHERE = ("state_dict", "model_state_dict", "model", "module")  # checkpoints keep weights there
 _BUFFERS = ("running_mean", "running_var")  # of norms: in the file, but not parameters
 Entry = tuple[str, tuple[int, ...], torch.dtype | None]  # None: of no dtype that is swept
@@ -54,7 +55,10 @@ def read(path: Path) -> Workload:
 
 
 def _safetensors(path: Path) -> list[Entry]:
-    """The header: its length in 8 bytes, then JSON of {name: {dtype, shape, data_offsets}}."""
+    """The header: its length in 8 bytes, then JSON of {name: {dtype, shape, data_offsets}}.
+
+    All that it tells of must lie in the file, whose size so bounds what is allocated later.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -63,16 +67,29 @@ def _safetensors(path: Path) -> list[Entry]:
         text = file.read(length)
     try:
         header = json.loads(text)
-        return [_entry(name, about) for name, about in header.items() if name != "__metadata__"]
+        tensors = {name: about for name, about in header.items() if name != "__metadata__"}
+        entries = [_entry(name, about) for name, about in tensors.items()]
+        ends = {name: about["data_offsets"][1] for name, about in tensors.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: not a safetensors file (its header is not one)") from error
+    there = size - 8 - length
+    for name, end in ends.items():
+        if end > there:
+            raise ValueError(
+                f"{path}: it is cut short, or its header is wrong: {name!r} ends at byte {end:,} "
+                f"of {there:,}"
+            )
+    return entries
 
 
 def _entry(name: str, about: Mapping[str, Any]) -> Entry:
-    shape = tuple(about["shape"])
-    if not all(type(n) is int and n >= 0 for n in shape):
+    shape, dtype = tuple(about["shape"]), _SAFETENSORS.get(about["dtype"])
+    begin, end = about["data_offsets"]
+    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end - begin)):
         raise ValueError(name)
-    return name, shape, _SAFETENSORS.get(about["dtype"])
+    if len(shape) > _DIMENSIONS or (dtype and math.prod(shape) * dtype.itemsize != end - begin):
+        raise ValueError(name)
+    return name, shape, dtype
 
 
 def _saved(path: Path) -> list[Entry]:

@@ -115,8 +115,9 @@ def _prepare_all(
         tell(f"checking {way.name}", 0.5 * i / len(chosen))
         try:
             runs[way.name], found = _prepare(way, parameters, penalty, expected)
-        except (_Refused, NotWritten) as error:
-            rows[way.name] = replace(rows[way.name], note=f"not timed: {error}")
+        except (_Refused, NotWritten, Disagreement) as error:
+            wrong = isinstance(error, Disagreement)
+            rows[way.name] = replace(rows[way.name], wrong=wrong, note=f"not timed: {error}")
         except Exception as error:  # a peer that cannot run here is a row, not the end
             if way.name.startswith("pyreg") or way.job in ("step", "limit"):
                 raise
@@ -145,8 +146,6 @@ def _prepare(
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, Disagreement):
-        return f"not timed: {error}"
     first, *_ = [*str(error).strip().splitlines(), ""]
     return f"failed: {type(error).__name__}: {first[:200]}"
 

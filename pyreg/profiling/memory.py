@@ -1,13 +1,17 @@
-"""Memory: what is free, and the peak of one run beyond what the process held before it."""
+"""Memory: what is free, what profiling needs, the peak of one run beyond what was held before."""
 
 from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+
+from .record import megabytes
+from .ways import WAYS
+from .workloads import Workload
 
 _REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -44,6 +48,50 @@ def free_bytes(device: torch.device | str = "cpu") -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
         return None
+
+
+def memory_needed(workload: Workload, ways: Sequence[str]) -> int:
+    """Bytes, at most, beside the model: see `_NEEDS`."""
+    own = [_NEEDS.get(name, 0.0) for name in ways]
+    states = 2.0 if any(WAYS[name].job.startswith("update") for name in ways) else 0.0
+    # Parameters, gradients, the expected result and a copy to restore.
+    times = 4.0 + states + max(own, default=0.0)
+    return round(times * workload.bytes)
+
+
+# What a way takes while it runs, in N, for the penalty that takes most.
+_NEEDS = {
+    "loop": 3.6,
+    "loop, no .grad": 3.6,
+    "foreach": 4.2,  # two gradients, each with a temporary of its size
+    "foreach, no autograd": 1.2,
+    "compile": 1.2,
+    "compile, no autograd": 0.2,
+    "pyreg in the loss": 1.0,
+    "pyreg in the loss, no .grad": 1.0,
+}
+
+
+class TooLarge(MemoryError):
+    """What is to be profiled needs more memory than is free."""
+
+    def __init__(self, workload: Workload, needed: int, free: int, device: torch.device) -> None:
+        super().__init__(
+            f"{workload.name}: profiling its {_gb(workload.bytes)} of parameters needs about "
+            f"{_gb(needed)} on {device}, and {_gb(free)} are free"
+        )
+        self.fits = free / needed  # this share of it would
+
+
+def check_free(workload: Workload, needed: int, device: torch.device) -> None:
+    """Raise TooLarge if more is needed than is free."""
+    free = free_bytes(device)
+    if free is not None and needed > free:
+        raise TooLarge(workload, needed, free, device)
+
+
+def _gb(n: int) -> str:
+    return f"{n / 1e9:.1f} GB" if n >= 1e8 else f"{megabytes(n)} MB"
 
 
 def _one(run: Callable[[], object]) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .record import Row, megabytes, milliseconds
 
 if TYPE_CHECKING:
-    from .model import Profile
+    from .result import Profile
 
 INK = "#293241"
 GREY = "#8d99ae"

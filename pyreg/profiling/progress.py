@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -9,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .measure import Tell
+
+_EVERY = 0.25  # seconds: to draw takes half a millisecond, which short runs would share
 
 
 @contextmanager
@@ -25,9 +29,14 @@ def progress(console: Console) -> Iterator[Callable[[str], Tell]]:
 
         def begin(title: str) -> Tell:
             task = bars.add_task(f"{title:<32}", total=1.0, what="")
+            drawn = -math.inf
 
             def tell(what: str, share: float) -> None:
-                bars.update(task, completed=share, what="" if share >= 1 else what, refresh=True)
+                nonlocal drawn
+                now = time.monotonic()
+                due = now - drawn >= _EVERY or share >= 1
+                drawn = now if due else drawn
+                bars.update(task, completed=share, what="" if share >= 1 else what, refresh=due)
 
             return tell
 

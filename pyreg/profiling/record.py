@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -38,6 +39,7 @@ class Row:
     first_seconds: float | None = None  # the first run, with whatever it builds or compiles
     adds: float | None = None  # seconds that a training step takes longer by this way
     share: float | None = None  # of such a step, in 0..1, where a step was measured too
+    wrong: bool = False  # its result is not the penalty's, and so it was not timed
     note: str = ""  # why it was not measured, or what is wrong with its value
 
 
@@ -147,6 +149,22 @@ class Record:
             writer = csv.DictWriter(file, [*(f.name for f in fields(Row)), *common])
             writer.writeheader()
             writer.writerows({**asdict(row), **common} for row in self.rows)
+
+
+def check_writable(what: str, path: Path) -> None:
+    """Raise ValueError unless a file can be written there. (Opened: permissions do not say all.)"""
+    path = path.resolve()
+    existed = os.path.exists(path)
+    if not os.path.isdir(path.parent):
+        raise ValueError(f"{what}: there is no folder {path.parent}")
+    if existed and not (path.is_file() or path.is_dir()):
+        return  # a pipe, or a device: that it was opened might be seen
+    try:
+        path.open("ab").close()
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise ValueError(f"{what}: {path} cannot be written: {error.strerror}") from error
 
 
 def find(rows: Sequence[Row], workload: str, penalty: str, way: str) -> Row | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 from html import escape
 
-from .model import Profile
 from .record import cells_under, columns_of
+from .result import Profile
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #293241; margin: 2rem auto; max-width: 75rem;

@@ -56,7 +56,10 @@ def target_of(text: str) -> Target:
 
 
 def _made(text: str) -> Target:
-    """What `package.module:factory` gives: a module, or (a module, its training step)."""
+    """What `package.module:factory` gives: a module, or (a module, its training step).
+
+    The current folder comes first on the path, and stays: factory and step may import from it too.
+    """
     module_name, _, name = text.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
@@ -69,8 +72,6 @@ def _made(text: str) -> Target:
         raise ValueError(
             f"{text}: importing {module_name} raised {type(error).__name__}: {error}"
         ) from error
-    finally:
-        sys.path.remove(os.getcwd())
     if not callable(factory):
         raise ValueError(f"{text}: expected a factory, got {type(factory).__name__}")
     try:

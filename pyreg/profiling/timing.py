@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import repeat
 from statistics import median
 from typing import Any
 
@@ -32,6 +34,16 @@ class Interrupted(KeyboardInterrupt):
         self.measured = measured
 
 
+def check_budget(rounds: int, seconds: float) -> None:
+    """Raise ValueError, or TypeError, unless `by_turns` can keep to this."""
+    if not isinstance(rounds, int):
+        raise TypeError(f"rounds: expected a whole number, got {rounds!r}")
+    if rounds < 1:
+        raise ValueError(f"rounds: expected 1 or more, got {rounds}")
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"seconds: expected a finite number, 0 or above, got {seconds!r}")
+
+
 def summarize(seconds: list[float]) -> Timing:
     """Median and 10th, 90th percentile (nearest sample)."""
     ordered = sorted(seconds)
@@ -54,7 +66,8 @@ def by_turns(
     A sample is a block of untimed runs, which brings caches and allocator to the state that this
     way leaves behind, then a block of timed ones: the steady state, as of torch.utils.benchmark and
     triton.testing.do_bench. (The former warms up twice before every sample, long runs too, which
-    would triple the time of the slowest ways.)
+    would triple the time of the slowest ways.) Blocks keep the measuring itself below 2 % of what
+    is measured: see `python -m bench overhead`.
 
     Args:
         runs: by name; each has run before, so that nothing is built or compiled here.
@@ -67,16 +80,16 @@ def by_turns(
     Raises:
         Interrupted: Ctrl-C; with the timings of what has samples.
     """
-    measure = _seconds if torch.device(device).type == "cpu" else _device_seconds
+    measure = wall_seconds if torch.device(device).type == "cpu" else device_seconds
     samples: dict[str, list[float]] = {}
     try:
-        _take_samples(samples, runs, rounds, seconds, fewest, tell, measure)
+        take_samples(samples, runs, rounds, seconds, fewest, tell, measure)
     except KeyboardInterrupt:
         raise Interrupted({name: summarize(s) for name, s in samples.items() if s}) from None
     return {name: summarize(s) for name, s in samples.items()}
 
 
-def _take_samples(
+def take_samples(
     samples: dict[str, list[float]],
     runs: Mapping[str, Callable[[], object]],
     rounds: int,
@@ -85,7 +98,8 @@ def _take_samples(
     tell: Callable[[str, float], None],
     measure: Callable[[Callable[[], object], int], float],
 ) -> None:
-    estimates = {name: measure(run, 1) for name, run in runs.items()}
+    """What `by_turns` summarizes, into `samples`; `measure` gives seconds per run of so many."""
+    estimates = {name: _estimate(run, measure) for name, run in runs.items()}
     blocks = {name: max(1, round(_BLOCK / t)) for name, t in estimates.items()}
     wanted = {
         name: min(rounds, max(fewest, int(seconds / (t * blocks[name] * (1 + (t < _LONG))))))
@@ -104,14 +118,22 @@ def _take_samples(
             samples[name].append(measure(run, blocks[name]))
 
 
-def _seconds(run: Callable[[], object], times: int) -> float:
+def _estimate(
+    run: Callable[[], object], measure: Callable[[Callable[[], object], int], float]
+) -> float:
+    """Seconds per run; from a block of short ones, as the first alone is cold, and partly clock."""
+    seconds = measure(run, 1)
+    return seconds if seconds >= _LONG else measure(run, max(1, round(_BLOCK / seconds)))
+
+
+def wall_seconds(run: Callable[[], object], times: int) -> float:
     start = time.perf_counter()
-    for _ in range(times):
+    for _ in repeat(None, times):
         run()
     return (time.perf_counter() - start) / times
 
 
-def _device_seconds(run: Callable[[], object], times: int) -> float:
+def device_seconds(run: Callable[[], object], times: int) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(times):
@@ -126,6 +148,6 @@ def host_seconds(run: Callable[[], object], samples: int) -> float:
     seconds = []
     for _ in range(samples):
         torch.cuda.synchronize()
-        seconds.append(_seconds(run, 1))
+        seconds.append(wall_seconds(run, 1))
     torch.cuda.synchronize()
     return median(seconds)

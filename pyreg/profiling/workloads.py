@@ -6,6 +6,7 @@ A new workload is one function that yields (name, shape) and one line in WORKLOA
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -42,13 +43,29 @@ class Workload:
         return self.others.get(name, self.dtype)
 
     def scaled(self, scale: float) -> Workload:
-        """As many tensors with about `scale` times the elements: two dimensions of each shrink."""
+        """As many tensors with at most `scale` times the elements, in tensors of 1 element or more.
+
+        The first two dimensions of each, a vector's only one, shrink by one factor: what was as
+        wide as something else stays so. It is the root of `scale` where matrices hold the elements,
+        `scale` itself where vectors do.
+        """
         if not 0 < scale <= 1:
             raise ValueError(f"scale: expected a number above 0 and at most 1, got {scale!r}")
         if scale == 1:
             return self
-        shapes = tuple((name, _shrunk(shape, math.sqrt(scale))) for name, shape in self.shapes)
+        factor = _factor(Counter(shape for _, shape in self.shapes), scale * self.elements)
+        shapes = tuple((name, _shrunk(shape, factor)) for name, shape in self.shapes)
         return replace(self, title=f"{self.title}, scale {scale:g}", shapes=shapes)
+
+
+def _factor(shapes: Mapping[tuple[int, ...], int], most: float) -> float:
+    """The largest by which these (each so often) shrink to so many elements; found by halving."""
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        elements = sum(n * math.prod(_shrunk(shape, middle)) for shape, n in shapes.items())
+        low, high = (middle, high) if elements <= most else (low, middle)
+    return low
 
 
 def _shrunk(shape: tuple[int, ...], factor: float) -> tuple[int, ...]:

@@ -1,0 +1,46 @@
+"""The timing loop, under a clock of which every reading takes time."""
+
+from __future__ import annotations
+
+import pytest
+
+from pyreg.profiling import timing
+
+READING = 1e-6  # seconds: some twenty times that of a real clock
+TELLING = 1e-4  # more than a progress bar that is drawn four times a second, on average
+MOST = 0.02  # of what is measured
+
+
+class Clock:
+    """Stands still unless it is read, or something is done."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.inside = 0.0  # of that in runs
+
+    def perf_counter(self) -> float:
+        self.now += READING
+        return self.now
+
+    def tell(self, name: str, share: float) -> None:
+        self.now += TELLING
+
+    def run(self, seconds: float, cold: float) -> None:
+        """A run takes so long; the first also finds caches cold."""
+        seconds += 0.0 if self.inside else cold
+        self.now += seconds
+        self.inside += seconds
+
+
+@pytest.mark.parametrize("cold", [0.0, 1e-5, 1e-2])
+@pytest.mark.parametrize("seconds", [1e-6, 3e-5, 1e-3, 7e-3, 5e-2, 0.5, 3.0])
+def test_measuring_takes_less_than_two_percent(seconds, cold, monkeypatch):
+    """In a sample, where it would pass for the run's own time, and of the whole."""
+    clock = Clock()
+    monkeypatch.setattr(timing.time, "perf_counter", clock.perf_counter)
+    (found,) = timing.by_turns(
+        {"run": lambda: clock.run(seconds, cold)}, 15, 3.0, tell=clock.tell
+    ).values()
+    assert seconds * (1 - 1e-9) <= found.median <= seconds * (1 + MOST)
+    assert found.p90 <= (seconds + (cold if seconds >= 0.2 else 0)) * (1 + MOST)
+    assert clock.now <= clock.inside * (1 + MOST)
