@@ -205,7 +205,7 @@ def test_more_tensors_than_fit_into_a_launch(kernels, on_host, monkeypatch, how)
     monkeypatch.setattr(
         cuda._Table, "on", lambda self, *a: tables.append(a[1]) or original(self, *a)
     )
-    rows = next(n for n in range(100, 2000) if not on_host.step_fits(n, 1))
+    rows = next(n for n in range(100, 2000) if not on_host.step_fits(n, 0))
     found = []
     for backend in (native.NativeBackend(), kernels):
         generator = torch.Generator().manual_seed(0)
