@@ -1,8 +1,9 @@
-// The six sweeps on NVIDIA GPUs: each one kernel, one launch, for any number of tensors. Compiled
+// The sweeps on NVIDIA GPUs: each one kernel, one launch, for any number of tensors. Compiled
 // once for each family of penalties (PYREG_FAMILY names it).
 //
 // What moves, in N, the parameters' bytes: value and stats read N; gradient and prox read N and
-// write N; accumulate and prox_in_metric read 2 N and write N. Besides: 16 or 40 bytes for each
+// write N; accumulate and prox_in_metric read 2 N and write N. An optimizer's step
+// reads and writes what it would without a penalty. Besides: 16 or 40 bytes for each
 // segment, of which there are some four thousand and one more for each tensor. Nothing comes from
 // the host, for the tensors' addresses are in the launch itself.
 //
@@ -31,7 +32,8 @@
 //   to compile. It takes some 128 registers, so 384 to 512 threads are resident, and a thread asks
 //   for 32 to 128 bytes at a time: less is in flight, but most of those penalties have divisions to
 //   do meanwhile.
-// - prox_in_metric reads the value off the new weights before they leave the registers.
+// - prox_in_metric reads the value off the new weights before they leave the registers. So does an
+//   optimizer's step (step.h), which has 160 bytes of a thread in flight for a float32 Adam.
 
 #include <cuda_runtime.h>
 
@@ -44,7 +46,8 @@ namespace {
 // As many blocks as run at a time without a register being spilled, as
 // tests/test_cuda_machine_code.py shows. Where each penalty and dtype has a loop of its own, 80
 // registers a thread on sm_90, 96 before it, 128 after it, where the compiler takes more; else up
-// to 168, of which it takes 128 before sm_100 (so four blocks run) and a few more from there on.
+// to 168, of which it takes 128 before sm_100 (so four blocks run) and a few more from there on;
+// and up to 255 where a step knows all penalties.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int kBlocksOfOwnLoops = 4;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -53,7 +56,9 @@ constexpr int kBlocksOfOwnLoops = 6;
 constexpr int kBlocksOfOwnLoops = 5;
 #endif
 template <Sweep S, Family F>
-constexpr int kBlocks = kHasOwnLoops<S, F> ? kBlocksOfOwnLoops : 3;
+constexpr int kBlocks = kHasOwnLoops<S, F>               ? kBlocksOfOwnLoops
+                        : kSteps<S> && F == Family::kAll ? 2
+                                                         : 3;
 
 // The executor of block.h: a thread runs each phase once.
 struct Device {

@@ -132,6 +132,8 @@ class _State:
         self._tables: dict[str, _Table] = {}  # by sweep
         self._scratch: dict[tuple[int, bool], Tensor] = {}
         self._numbers: Tensor | None = None
+        self._sets: Tensor | None = None
+        self._rows = len(tensors)
 
     def target(self, sweep: str, out: Tensor | None = None) -> Any:
         queue = _current(self._device)
@@ -158,6 +160,31 @@ class _State:
                 [kept[i] for i in tensors], [x.reshape(()) for x in tensors.values()]
             )
         return [kept[i] if i in tensors else x for i, x in enumerate(numbers)]
+
+    def lasting_sets(
+        self, numbers: list[tuple[Sequence[float], Metric]] | Tensor
+    ) -> list[float] | Tensor:
+        """A step's numbers: in the launch, or, where a table tells of the tensors, in device memory
+        at the same place as before, lest the table change at every step."""
+        in_table = not load().step_fits(self._rows, 0)
+        if not isinstance(numbers, Tensor):
+            flat = flat_sets(numbers)
+            if load().step_fits(self._rows, len(numbers)):
+                return flat
+            if _current(self._device).capturing:
+                raise RuntimeError(
+                    "a CUDA graph is being captured, and an optimizer's learning rate or step "
+                    "count is on the host: take capturable=True"
+                )
+            numbers = torch.tensor(flat, dtype=torch.float64)
+            if self._device.type == "cuda":
+                numbers = numbers.pin_memory()
+        elif not in_table:
+            return numbers.contiguous()
+        if self._sets is None or self._sets.numel() != numbers.numel():
+            self._sets = torch.empty(numbers.numel(), dtype=torch.float64, device=self._device)
+        with torch.no_grad():
+            return self._sets.copy_(numbers.reshape(-1), non_blocking=True)
 
     def _scratch_of(self, queue: _Queue, stats: bool) -> Tensor:
         """A zeroed counter and partials: one for each stream, one for captured graphs."""
@@ -322,7 +349,7 @@ class CudaBackend:
             states,
             [index[name] for name in updates],
             sets,
-            self._sets(pack, len(tensors), numbers),
+            self._state(pack, tensors).lasting_sets(numbers),
             penalised,
             prox,
             _strengths(rules, pack),
@@ -336,25 +363,6 @@ class CudaBackend:
             return None
         torch.autograd.graph.increment_version(tensors)
         return self._value(pack, out), self._parts(pack, out)[1], out[-1:].view(torch.int64)[0]
-
-    def _sets(
-        self, pack: Pack, rows: int, numbers: list[tuple[Sequence[float], Metric]] | Tensor
-    ) -> list[float] | Tensor:
-        """On the device where tensors need a table, lest it be copied anew at every step."""
-        if isinstance(numbers, Tensor):
-            return numbers.contiguous()
-        flat = flat_sets(numbers)
-        if load().step_fits(rows, len(numbers)):
-            return flat
-        if _current(pack.device).capturing:
-            raise RuntimeError(
-                "a CUDA graph is being captured, and an optimizer's learning rate or step count is "
-                "on the host: take capturable=True"
-            )
-        host = torch.tensor(flat, dtype=torch.float64)
-        if pack.device.type == "cuda":
-            host = host.pin_memory()
-        return host.to(pack.device, non_blocking=True)
 
     def stats(self, pack: Pack, tensors: list[Tensor]) -> Tensor:
         out = torch.empty(len(tensors), 5, dtype=torch.float64, device=pack.device)
