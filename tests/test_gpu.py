@@ -17,7 +17,8 @@ from swept import ON_CPU, ON_GPU, Place, each, flat, mixed, moments
 from torch import Tensor, nn
 
 import pyreg
-from pyreg.backend.triton import TritonBackend, interpreted
+from pyreg import dispatch
+from pyreg.backend.triton import interpreted
 from pyreg.metric import Metric
 from pyreg.penalties import Penalty
 from pyreg.profiling import WORKLOADS, allocate
@@ -165,8 +166,6 @@ def adam(
     place: Place, tensors: list[Tensor], states: list[list[Tensor]], numbers: object, prox: bool
 ) -> list[Tensor]:
     """A step of Adam with elastic net: the value, each rule's, and the zeros."""
-    if place.backend == "native" and place.device == "cuda":
-        pytest.skip("no step in CUDA")
     sweeps, n = place.sweeps(tensors, [BOTH]), len(tensors)
     args = tensors, states, ["adam"] * n, [0] * n, numbers, bytes([1] * n), prox, [BOTH], 1.0
     return list(map(torch.as_tensor, sweeps.backend.step(sweeps.pack, *args)))
@@ -235,11 +234,9 @@ def test_a_captured_step_reads_new_numbers(place):
 def test_counters_on_the_device(place):
     if place.device == "cpu":
         pytest.skip("cannot be rehearsed on the CPU")
-    if place.backend == "native":
-        pytest.skip("no step in CUDA")
     counters = [torch.full((), float(k), device=on(place)) for k in range(3)]
     with device.no_waiting(on(place)):
-        found = TritonBackend().count(counters)
+        found = dispatch.backend(place.backend, place.device).count(counters)
     assert found.tolist() == [1.0, 2.0, 3.0] == [c.item() for c in counters]
 
 

@@ -53,6 +53,14 @@ def sweep_in_metric(named: list[tuple[str, nn.Parameter]], rules: dict[str, Pena
     assert all(p.isfinite().all() for _, p in named)
 
 
+def step(named: list[tuple[str, nn.Parameter]], rules: dict[str, Penalty]) -> None:
+    """An optimizer's, with the penalty's gradient in it, and then its prox."""
+    for mode in ("grad", "prox"):
+        reg = pyreg.Regularizer(named, rules)
+        pyreg.optim.Adam(named, lr=1e-3, regularizer=reg, mode=mode).step()
+    assert all(p.isfinite().all() for _, p in named)
+
+
 def kinds(
     device: torch.device, penalties: tuple[Penalty, ...] = PENALTIES
 ) -> list[tuple[list, dict]]:
@@ -87,6 +95,7 @@ def main() -> None:
                     named, rules = kinds(device, penalties)[-1]
                     sweep(named, rules)
                     sweep_in_metric(named, rules)
+                    step(named, rules)
         print(f"{backend} on {device}: {len(chosen)} packs swept")
 
 

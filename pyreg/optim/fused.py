@@ -68,9 +68,9 @@ class Fused(LowPrecision):
 
     The other arguments, the state and `state_dict()` are torch's; a regularizer has a state_dict of
     its own. A step is one sweep where all parameters are dense, without anchors, and on one device:
-    the CPU, or a GPU that Triton serves. It then leaves `.grad` as it is, and `foreach` and `fused`
-    have no meaning; `capturable` keeps the counters on the GPU, as CUDA graphs need. Elsewhere it
-    is torch's own step, and the penalty's sweep beside it.
+    the CPU, or a GPU that native CUDA or Triton serves. It then leaves `.grad` as it is, and
+    `foreach` and `fused` have no meaning; `capturable` keeps the counters on the GPU, as CUDA
+    graphs need. Elsewhere it is torch's own step, and the penalty's sweep beside it.
 
     Raises:
         ValueError: an unknown mode; a regularizer that is attached already, or over a parameter
