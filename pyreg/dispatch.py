@@ -122,6 +122,13 @@ def choose(pack: Pack) -> Choice:
 
 
 def stepper(pack: Pack) -> Any:
-    """The backend that takes an optimizer's step on a pack in one sweep, or None."""
-    chosen = choose(pack).backend
-    return chosen if hasattr(chosen, "step") else None
+    """The backend that takes an optimizer's step on a pack in one sweep, or None.
+
+    Native CUDA steps with some penalties only: Triton does with all, where nobody asked for one.
+    """
+    if (chosen := choose(pack).backend).steps(pack):
+        return chosen
+    if requested() != "auto" or pack.irregular is not None:
+        return None
+    b = backend("triton", pack.device.type)
+    return b if (b.missing() or b.refuses(pack)) is None else None

@@ -137,31 +137,16 @@ def test_the_bits_of_the_cpu(kernels, update, dtype, how, mode):  # noqa: F811
     assert found[0][2] > 0 or mode == "grad"
 
 
-@MODE
-@pytest.mark.parametrize(("dtype", "how"), HOW)
-@pytest.mark.parametrize("update", ["adam", "sgd momentum", "adagrad"])
-def test_every_penalty(kernels, update, dtype, how, mode):  # noqa: F811
-    """The same with all nine. The CPU adds the penalty's gradient to a copy of the loss's, and its
-    prox reads weights and moments as they are stored; on a GPU nothing is stored in between: two
-    roundings of what has 16 bits, and of 2^-20 in float32, where a metric of 1 is divided by or
-    not; a threshold may be on either side of them."""
-    rules = penalties()
-    if mode == "grad":
-        rules = [rule for rule in rules if rule.name != "l0"]
-    a, b = (
-        Step(update, dtype, how, rules).take(backend, mode)
-        for backend in (native.NativeBackend(), kernels)
-    )
-    stored = dtype if how in ("own", "float32 states") else torch.float32
-    as_computed = stored == torch.float32 or (stored == torch.float64 and how == "own")
-    exact = as_computed and (mode == "grad" or update != "sgd momentum")
-    for x, y in zip(a, b, strict=True):
-        if exact:
-            assert_same_bits(x, y)
-        elif x.ndim > 0 and x.numel() > 0:
-            rounding = max(torch.finfo(stored).eps, 2**-20)
-            close = (x - y).abs() <= 4 * rounding * (x.abs() + 0.1)
-            assert close.float().mean() >= 0.99
+def test_other_penalties_are_left_to_another_backend(kernels):  # noqa: F811
+    """They have no kernels of a step, which would take minutes to compile."""
+    for rule in penalties():
+        step = Step("adam", torch.float32, "own", [rule, pyreg.L1(0.1)])
+        pack = pack_of(step.tensors, step.rules)
+        known = rule.name in ("l1", "l2", "elastic_net")
+        assert (dispatch.stepper(pack) is not None) == kernels.steps(pack) == known
+        if not known:
+            with pytest.raises(ValueError, match="expected L1, L2 and elastic net"):
+                step.take(kernels, "prox")
 
 
 @UPDATES

@@ -25,12 +25,15 @@ PYREG_FN double reduce(const C* lanes, int used) {
 // Asks for the row that comes kAhead bytes later: the hardware's own prefetch stops at pages. (The
 // best of those tried from 640 to 8,192 bytes; multiples of 1,024 are worse, nobody knows why.)
 constexpr int kAhead = 1344;
-template <int write = 0, class T>
+template <int write = 0, int n = kLanes, class T>
 PYREG_FN void prefetch(const T* row) {
   const char* p = reinterpret_cast<const char*>(row) + kAhead;
-  for (int i = 0; i < kLanes * static_cast<int>(sizeof(T)); i += 64)
-    __builtin_prefetch(p + i, write);
+  for (int i = 0; i < n * static_cast<int>(sizeof(T)); i += 64) __builtin_prefetch(p + i, write);
 }
+
+// Where the arithmetic is long, rows are asked for piece by piece as it goes on: a core has some 16
+// lines on their way at a time, and would wait for a whole row's before it begins to compute.
+constexpr int kPiece = 64;
 
 PYREG_FN int at_most(int64_t n, int64_t limit) { return static_cast<int>(n < limit ? n : limit); }
 

@@ -29,46 +29,49 @@ void update(void* w_, const void* g_, void* const* states, int64_t n, const doub
   int64_t zeros = 0;
   for (int64_t i = 0; i < n; i += kLanes) {
     const int m = at_most(n - i, kLanes);
-    prefetch<1>(w + i);
-    prefetch(g + i);
     const C* x = widen(static_cast<const T*>(w + i), m, w_buffer);
     const C* y = widen(g + i, m, g_buffer);
     C* z = target(w + i, result);
     const D* old[kMaxStates] = {s_buffer[0], s_buffer[1], s_buffer[2]};
     D* now[kMaxStates] = {s_result[0], s_result[1], s_result[2]};
     for (int k = 0; k < U::kStates; ++k) {
-      prefetch<1>(s[k] + i);
       old[k] = widen(static_cast<const S*>(s[k] + i), m, s_buffer[k]);
       now[k] = target(s[k] + i, s_result[k]);
     }
     const D *old0 = old[0], *old1 = old[1], *old2 = old[2];
     D *now0 = now[0], *now1 = now[1], *now2 = now[2];
     int32_t zero = 0;
+    for (int piece = 0; piece < m; piece += kPiece) {
+      prefetch<1, kPiece>(w + i + piece);
+      prefetch<0, kPiece>(g + i + piece);
+      for (int k = 0; k < U::kStates; ++k) prefetch<1, kPiece>(s[k] + i + piece);
+      const int end = at_most(m, piece + kPiece);
 #pragma omp simd reduction(+ : zero)
-    for (int j = 0; j < m; ++j) {
-      C a = U::kStates > 0 ? static_cast<C>(old0[j]) : C(0);
-      C b = U::kStates > 1 ? static_cast<C>(old1[j]) : C(0);
-      C d = U::kStates > 2 ? static_cast<C>(old2[j]) : C(0);
-      C from = x[j], gradient = y[j], q;
-      if (kWith == With::kGradient) {
-        first[j] = ElasticNet::add<0>(first[j], from, strengths);
-        second[j] = ElasticNet::add<1>(second[j], from, strengths);
-        gradient = gradient + by * ElasticNet::grad(from, strengths);
+      for (int j = piece; j < end; ++j) {
+        C a = U::kStates > 0 ? static_cast<C>(old0[j]) : C(0);
+        C b = U::kStates > 1 ? static_cast<C>(old1[j]) : C(0);
+        C d = U::kStates > 2 ? static_cast<C>(old2[j]) : C(0);
+        C from = x[j], gradient = y[j], q;
+        if (kWith == With::kGradient) {
+          first[j] = ElasticNet::add<0>(first[j], from, strengths);
+          second[j] = ElasticNet::add<1>(second[j], from, strengths);
+          gradient = gradient + by * ElasticNet::grad(from, strengths);
+        }
+        from = from * c[1];
+        const C move = U::move(from, gradient, a, b, d, q, c);
+        const C to = kWith == With::kProx
+                         ? moved_and_shrunk<U>(from, move, at_least(q, kSmallest<C>), by, strengths)
+                         : moved<U>(from, move, q);
+        if (kWith == With::kProx && kExact) {
+          first[j] = ElasticNet::add<0>(first[j], to, strengths);
+          second[j] = ElasticNet::add<1>(second[j], to, strengths);
+        }
+        if (kWith != With::kNothing && kExact) zero += to == C(0);
+        z[j] = to;
+        if (U::kStates > 0) now0[j] = static_cast<D>(a);
+        if (U::kStates > 1) now1[j] = static_cast<D>(b);
+        if (U::kStates > 2) now2[j] = static_cast<D>(d);
       }
-      from = from * c[1];
-      const C move = U::move(from, gradient, a, b, d, q, c);
-      const C to = kWith == With::kProx
-                       ? moved_and_shrunk<U>(from, move, at_least(q, kSmallest<C>), by, strengths)
-                       : moved<U>(from, move, q);
-      if (kWith == With::kProx && kExact) {
-        first[j] = ElasticNet::add<0>(first[j], to, strengths);
-        second[j] = ElasticNet::add<1>(second[j], to, strengths);
-      }
-      if (kWith != With::kNothing && kExact) zero += to == C(0);
-      z[j] = to;
-      if (U::kStates > 0) now0[j] = static_cast<D>(a);
-      if (U::kStates > 1) now1[j] = static_cast<D>(b);
-      if (U::kStates > 2) now2[j] = static_cast<D>(d);
     }
     narrow(z, m, w + i);
     if (kWith != With::kNothing && !kExact) {  // the rounded weights count

@@ -49,7 +49,7 @@ class Layout {
   // A zeroed counter, then the partials.
   int64_t scratch_bytes(bool stats) const {
     const int columns =
-        stats ? kColumns<Sweep::kStats> : kColumns<Sweep::kStepWithProx>;  // the most of the others
+        stats ? kColumns<Sweep::kStats> : kColumns<Sweep::kStep>;  // the most of the others
     return kCounterBytes + int64_t{plans_[stats].segments()} * columns * int64_t{sizeof(double)};
   }
 
@@ -130,6 +130,8 @@ class Layout {
     const auto found =
         look_at_step(look_, shown, states, updates, penalised, masters, keys, reader);
     if (!found) return false;
+    if (plans_[0].family() != Family::kElementary)
+      throw py::value_error("expected L1, L2 and elastic net in a step");
     StepFacts facts{};
     std::vector<double> own_numbers;
     const size_t known_sets = look_at_numbers(numbers, reader, facts, own_numbers);
@@ -153,10 +155,10 @@ class Layout {
     facts.grad_scale_kind = unscaled.kind;
     facts.found_inf = overflow.scalar;
     facts.found_inf_kind = overflow.kind;
-    const Sweep sweep = prox ? Sweep::kStepWithProx : Sweep::kStepWithGradient;
-    show(sweep, shown.w, &shown.g);
-    plan_of(sweep).step(facts, steps.data(), std::move(own_numbers));
-    run(sweep, strengths, scale, target, reader);
+    facts.prox = prox;
+    show(Sweep::kStep, shown.w, &shown.g);
+    plan_of(Sweep::kStep).step(facts, steps.data(), std::move(own_numbers));
+    run(Sweep::kStep, strengths, scale, target, reader);
     return true;
   }
 
@@ -276,6 +278,8 @@ PYBIND11_MODULE(PYREG_MODULE, m) {
                sets * kSetNumbers * sizeof(double) <=
            sizeof(Parameter::entries);
   });
+  m.attr("stepped_penalties") = py::tuple(py::cast(std::vector<std::string>(
+      pyreg::kPenaltyNames.begin(), pyreg::kPenaltyNames.begin() + pyreg::kElementary)));
   m.attr("updates") = py::tuple(py::cast(pyreg::kUpdateNames));
   m.attr("numbers") = pyreg::kNumbers;
   m.attr("penalties") = py::tuple(py::cast(pyreg::kPenaltyNames));

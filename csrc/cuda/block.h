@@ -136,19 +136,20 @@ PYREG_DEVICE void visit_shared(const Parameter& p, const Entry& entry, const Pla
 // (The loops of prox_in_metric would be twice as many: a moment may be float32.)
 template <Sweep S, Family F>
 constexpr bool kHasOwnLoops =
-    S == Sweep::kStats || (F == Family::kElementary && S != Sweep::kProxInMetric && !kSteps<S>);
+    S == Sweep::kStats ||
+    (F == Family::kElementary && S != Sweep::kProxInMetric && S != Sweep::kStep);
 
-template <Sweep S, Family F, class C>
+template <Sweep S, class C>
 PYREG_DEVICE void visit_step_of(const Parameter& p, const Entry& entry, const Place& place,
                                 int thread, typename Shared<S>::Warp* keep) {
   const RowStep row = p.step(place.row);
-  const StepNumbers<C> numbers = step_numbers<S, C>(p, entry, row);
+  const StepNumbers<C> numbers = step_numbers<C>(p, entry, row);
   bool wide = place.n == kChunk && at_16_bytes(entry.w) && at_16_bytes(entry.g) &&
               at_16_bytes(row.master);  // (an absent one is at 16 bytes too)
 #pragma unroll
   for (int k = 0; k < kMaxStates; ++k) wide = wide && at_16_bytes(row.states[k]);
   const auto visit = [&](C* first, C* second) {
-    return visit_step<S, F, C>(entry, place, row, wide, thread, numbers, first, second);
+    return visit_step<S, C>(entry, place, row, wide, thread, numbers, first, second);
   };
   if constexpr (kSumsInRegisters<C>) {
     Totals<C> totals;
@@ -164,11 +165,11 @@ PYREG_DEVICE void visit_step_of(const Parameter& p, const Entry& entry, const Pl
 template <Sweep S, Family F>
 PYREG_DEVICE void visit_any(const Parameter& p, const Entry& entry, const Place& place, int thread,
                             typename Shared<S>::Warp* keep) {
-  if constexpr (kSteps<S>) {
+  if constexpr (S == Sweep::kStep) {
     if (static_cast<DType>(entry.dtype) == DType::kFloat64)
-      visit_step_of<S, F, double>(p, entry, place, thread, keep);
+      visit_step_of<S, double>(p, entry, place, thread, keep);
     else
-      visit_step_of<S, F, float>(p, entry, place, thread, keep);
+      visit_step_of<S, float>(p, entry, place, thread, keep);
   } else if constexpr (S == Sweep::kStats) {
     visit_dtype<S, L1>(p, entry, place, thread, keep);  // (any penalty: it is not asked)
   } else if constexpr (kHasOwnLoops<S, F>) {

@@ -46,8 +46,7 @@ namespace {
 // As many blocks as run at a time without a register being spilled, as
 // tests/test_cuda_machine_code.py shows. Where each penalty and dtype has a loop of its own, 80
 // registers a thread on sm_90, 96 before it, 128 after it, where the compiler takes more; else up
-// to 168, of which it takes 128 before sm_100 (so four blocks run) and a few more from there on;
-// and up to 255 where a step knows all penalties.
+// to 168, of which it takes 128 before sm_100 (so four blocks run) and a few more from there on.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int kBlocksOfOwnLoops = 4;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -56,9 +55,7 @@ constexpr int kBlocksOfOwnLoops = 6;
 constexpr int kBlocksOfOwnLoops = 5;
 #endif
 template <Sweep S, Family F>
-constexpr int kBlocks = kHasOwnLoops<S, F>               ? kBlocksOfOwnLoops
-                        : kSteps<S> && F == Family::kAll ? 2
-                                                         : 3;
+constexpr int kBlocks = kHasOwnLoops<S, F> ? kBlocksOfOwnLoops : 3;
 
 // The executor of block.h: a thread runs each phase once.
 struct Device {
@@ -119,13 +116,13 @@ const void* kernel(Sweep s) {
       return reinterpret_cast<const void*>(&sweep<Sweep::kProx, F>);
     case Sweep::kProxInMetric:
       return reinterpret_cast<const void*>(&sweep<Sweep::kProxInMetric, F>);
-    case Sweep::kStepWithGradient:
-      return reinterpret_cast<const void*>(&sweep<Sweep::kStepWithGradient, F>);
-    case Sweep::kStepWithProx:
-      return reinterpret_cast<const void*>(&sweep<Sweep::kStepWithProx, F>);
     case Sweep::kStats:
       if constexpr (F == Family::kElementary)
         return reinterpret_cast<const void*>(&sweep<Sweep::kStats, F>);
+      break;
+    case Sweep::kStep:
+      if constexpr (F == Family::kElementary)
+        return reinterpret_cast<const void*>(&sweep<Sweep::kStep, F>);
   }
   return nullptr;
 }

@@ -10,9 +10,8 @@
 
 namespace pyreg::cuda {
 
-constexpr const char* kSweepNames[kSweeps] = {
-    "value",          "gradient", "accumulate",         "prox",
-    "prox_in_metric", "stats",    "step with gradient", "step with prox"};
+constexpr const char* kSweepNames[kSweeps] = {"value",          "gradient", "accumulate", "prox",
+                                              "prox_in_metric", "stats",    "step"};
 
 // What it was built with: CUDA's version (13000 for 13.0), and architectures as CMake lists them.
 int built_with();
@@ -25,7 +24,8 @@ int driver_serves();
 // later launch does: a stream that is being captured forbids it.
 std::string unserved(int device);
 
-// The address of a family's kernel (kernels.cu); null for `stats`, but of the elementary.
+// The address of a family's kernel (kernels.cu); null for `stats` and a step, but of the
+// elementary.
 template <Family F>
 const void* kernel(Sweep sweep);
 

@@ -26,10 +26,9 @@ enum class Sweep : int {
   kProx,
   kProxInMetric,
   kStats,
-  kStepWithGradient,
-  kStepWithProx
+  kStep  // an optimizer's
 };
-constexpr int kSweeps = 8;
+constexpr int kSweeps = 7;
 
 // The penalties that a kernel knows: those of PYREG_ELEMENTARY, or all.
 enum class Family : int { kElementary, kAll };
@@ -45,16 +44,14 @@ template <Sweep S>
 constexpr bool kReadsBeside = S == Sweep::kAccumulate || S == Sweep::kProxInMetric;
 template <Sweep S>
 constexpr bool kWritesTensor = S == Sweep::kProx || S == Sweep::kProxInMetric;
-template <Sweep S>  // an optimizer's
-constexpr bool kSteps = S == Sweep::kStepWithGradient || S == Sweep::kStepWithProx;
 template <Sweep S>
 constexpr bool kHasTotals = S != Sweep::kGradient && S != Sweep::kProx;
 // Numbers in a partial: the sums of a rule, after a step its zeros too; or what `stats` tells of a
 // row.
 template <Sweep S>
-constexpr int kColumns = S == Sweep::kStats ? 5
-                         : kSteps<S>        ? kMaxSums + 1
-                                            : kMaxSums;
+constexpr int kColumns = S == Sweep::kStats  ? 5
+                         : S == Sweep::kStep ? kMaxSums + 1
+                                             : kMaxSums;
 
 // Tells the compiler what a pointer out of a table points to: else it loads by a slower way.
 template <class T>
@@ -139,6 +136,7 @@ struct StepFacts {
   Scalar grad_scale;      // what gradients are divided by
   Scalar found_inf;       // where it is not 0, nothing is written
   ScalarKind grad_scale_kind, found_inf_kind;
+  bool prox;  // or else the penalty's gradient
 };
 static_assert(sizeof(StepFacts) == 32);
 

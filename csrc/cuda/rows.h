@@ -94,7 +94,7 @@ PYREG_DEVICE void by_width(bool wide, const Body& body) {
 }
 template <Sweep S, class T, class Body>
 PYREG_DEVICE void by_moment(bool float32, bool wide, const Body& body) {
-  if constexpr ((S == Sweep::kProxInMetric || kSteps<S>) && sizeof(T) != sizeof(float))
+  if constexpr ((S == Sweep::kProxInMetric || S == Sweep::kStep) && sizeof(T) != sizeof(float))
     if (float32) return by_width<T, float>(wide, body);
   by_width<T, T>(wide, body);
 }

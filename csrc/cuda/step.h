@@ -2,9 +2,10 @@
 //
 // The loop is that of rows.h, with more beside a weight: its gradient, up to three states, and
 // perhaps a float32 master, all asked for before the first is used. Load and widen, by the dtype;
-// the penalty's gradient; the update, in which an elastic net's prox shares the division; another
-// penalty's prox; narrow and store. Elements, lanes and the order of additions are those of
-// chunk.h, the arithmetic that of updates.h.
+// the penalty's gradient, or the update with the penalty's prox, which share a division; narrow and
+// store. The penalty is L1, L2 or elastic net, as of an elastic net: the others would take minutes
+// to compile. Elements, lanes and the order of additions are those of chunk.h, the arithmetic that
+// of updates.h.
 #pragma once
 
 #include <type_traits>
@@ -31,15 +32,14 @@ PYREG_DEVICE void by_update(int update, const Body& body) {
 template <class C>
 struct StepNumbers {
   C update[kNumbers];
-  C by;        // the penalty's gradient's factor, or its prox's step where the metric is 1
-  C unscaled;  // what gradients are multiplied by
-  C own[kMaxStrengths];  // the penalty's
-  C net[kMaxStrengths];  // of L1, L2 and elastic net, as of an elastic net
-  int penalty;
-  bool elementary, goes;  // goes: nothing is written where a loss scaler found an overflow
+  C by;             // the penalty's gradient's factor, or its prox's step where the metric is 1
+  C unscaled;       // what gradients are multiplied by
+  C strengths[2];   // of the elastic net
+  bool only_l2;     // its sum is the net's second
+  bool prox, goes;  // goes: nothing is written where a loss scaler found an overflow
 };
 
-template <Sweep S, class C>
+template <class C>
 PYREG_DEVICE StepNumbers<C> step_numbers(const Parameter& p, const Entry& entry,
                                          const RowStep& row) {
   const StepFacts facts = p.step_facts();
@@ -48,18 +48,15 @@ PYREG_DEVICE StepNumbers<C> step_numbers(const Parameter& p, const Entry& entry,
 #pragma unroll
   for (int k = 0; k < kNumbers; ++k)
     numbers.update[k] = static_cast<C>(p.step_number(facts, row.set, k));
-  numbers.by = static_cast<C>(S == Sweep::kStepWithProx ? p.step_number(facts, row.set, kNumbers)
-                                                        : read(p.scale, p.scale_kind));
+  numbers.prox = facts.prox;
+  numbers.by = static_cast<C>(facts.prox ? p.step_number(facts, row.set, kNumbers)
+                                         : read(p.scale, p.scale_kind));
   numbers.unscaled = static_cast<C>(1 / read(facts.grad_scale, facts.grad_scale_kind));
-#pragma unroll
-  for (int k = 0; k < kMaxStrengths; ++k)
-    numbers.own[k] = static_cast<C>(read(rule.strengths[k], rule.kinds[k]));
-  numbers.penalty = rule.penalty;
-  numbers.elementary = rule.penalty < kElementary;
-  numbers.net[0] = rule.penalty == index_of<L2> ? C(0) : numbers.own[0];
-  numbers.net[1] = rule.penalty == index_of<L2>           ? numbers.own[0]
-                   : rule.penalty == index_of<ElasticNet> ? numbers.own[1]
-                                                          : C(0);
+  const C first = static_cast<C>(read(rule.strengths[0], rule.kinds[0]));
+  const C second = static_cast<C>(read(rule.strengths[1], rule.kinds[1]));
+  numbers.only_l2 = rule.penalty == index_of<L2>;
+  numbers.strengths[0] = numbers.only_l2 ? C(0) : first;
+  numbers.strengths[1] = numbers.only_l2 ? first : rule.penalty == index_of<L1> ? C(0) : second;
   numbers.goes = read(facts.found_inf, facts.found_inf_kind) == 0;
   return numbers;
 }
@@ -79,12 +76,11 @@ PYREG_DEVICE void store_at_random(const float (&x)[N], BFloat16* to, uint32_t ke
 }
 
 // The sums go to `first` and `second`, as in visit_rows; returns the zeros.
-template <Sweep S, Family F, class C>
+template <Sweep S, class C>
 PYREG_DEVICE uint32_t visit_step(const Entry& entry, const Place& place, const RowStep& row,
                                  bool wide, int thread, const StepNumbers<C>& numbers,
                                  C* first_sums, C* second_sums) {
   constexpr int N = kStepSlots<C>;
-  constexpr bool kProx = S == Sweep::kStepWithProx;
   const DType dtype = static_cast<DType>(entry.dtype);
   const bool in_float32 = row.master != nullptr || row.at_random;  // throughout
   uint32_t zeros = 0;
@@ -125,81 +121,43 @@ PYREG_DEVICE uint32_t visit_step(const Entry& entry, const Place& place, const R
       for (int k = 0; k < kMaxStates; ++k) states[k].widen_to(s[k]);
     });
 
-    // L2's sum is the elastic net's second.
-    const auto add_to_net_sums = [&](C x, int k) {
+    const auto add_to_sums = [&](C x, int k) {
       const int i = place_of_sum<C>(thread, (first + k) % kOwn, wide);
-      second_sums[i] = ElasticNet::add<1>(second_sums[i], x, numbers.net);
-      first_sums[i] = numbers.penalty == index_of<L2>
-                          ? second_sums[i]
-                          : ElasticNet::add<0>(first_sums[i], x, numbers.net);
-    };
-    const auto add_to_sums = [&](auto penalty, C x, int k) {
-      const int i = place_of_sum<C>(thread, (first + k) % kOwn, wide);
-      add<decltype(penalty)>(x, numbers.own, first_sums[i], second_sums[i]);
+      second_sums[i] = ElasticNet::add<1>(second_sums[i], x, numbers.strengths);
+      first_sums[i] = numbers.only_l2 ? second_sums[i]
+                                      : ElasticNet::add<0>(first_sums[i], x, numbers.strengths);
     };
 #pragma unroll
     for (int k = 0; k < N; ++k) g[k] = numbers.unscaled * g[k];
-    if (!kProx && row.penalised) {
-      if (F == Family::kElementary || numbers.elementary) {
+    if (!numbers.prox && row.penalised) {
 #pragma unroll
-        for (int k = 0; k < N; ++k) {
-          if (k < left) add_to_net_sums(w[k], k);
-          g[k] = g[k] + numbers.by * ElasticNet::grad(w[k], numbers.net);
-        }
-      } else {
-        by_penalty<F>(numbers.penalty, [&](auto penalty) {
-#pragma unroll
-          for (int k = 0; k < N; ++k) {
-            if (k < left) add_to_sums(penalty, w[k], k);
-            g[k] = g[k] + numbers.by * decltype(penalty)::grad(w[k], numbers.own);
-          }
-        });
+      for (int k = 0; k < N; ++k) {
+        if (k < left) add_to_sums(w[k], k);
+        g[k] = g[k] + numbers.by * ElasticNet::grad(w[k], numbers.strengths);
       }
     }
-
     if (numbers.goes) {
-      const bool shrinks =
-          kProx && row.penalised && (F == Family::kElementary || numbers.elementary);
+      const bool shrinks = numbers.prox && row.penalised;
       by_update(row.update, [&](auto update) {
         using U = decltype(update);
-        const C* n = numbers.update;
 #pragma unroll
-        for (int k = 0; k < N; ++k) {  // g becomes the metric, beside how far w moves
+        for (int k = 0; k < N; ++k) {
           C q;
-          w[k] = w[k] * n[1];
-          const C move = U::move(w[k], g[k], s[0][k], s[1][k], s[2][k], q, n);
-          if (kProx) q = at_least(q, kSmallest<C>);
-          if (shrinks)
-            w[k] = moved_and_shrunk<U>(w[k], move, q, numbers.by, numbers.net);
-          else
-            w[k] = moved<U>(w[k], move, q);
-          g[k] = q;
+          w[k] = w[k] * numbers.update[1];
+          const C move = U::move(w[k], g[k], s[0][k], s[1][k], s[2][k], q, numbers.update);
+          w[k] = shrinks ? moved_and_shrunk<U>(w[k], move, at_least(q, kSmallest<C>), numbers.by,
+                                               numbers.strengths)
+                         : moved<U>(w[k], move, q);
         }
       });
-      if (kProx && F == Family::kAll && row.penalised && !numbers.elementary) {
-        by_penalty<F>(numbers.penalty, [&](auto penalty) {
-#pragma unroll
-          for (int k = 0; k < N; ++k)
-            w[k] = decltype(penalty)::prox_ratio(w[k], numbers.by, g[k], numbers.own);
-        });
-      }
     }
-
     const auto count = [&] {
       if (!row.penalised) return;
 #pragma unroll
-      for (int k = 0; k < N; ++k) zeros += k < left && w[k] == C(0);
-      if (!kProx) return;
-      if (F == Family::kElementary || numbers.elementary) {
-#pragma unroll
-        for (int k = 0; k < N; ++k)
-          if (k < left) add_to_net_sums(w[k], k);
-      } else {
-        by_penalty<F>(numbers.penalty, [&](auto penalty) {
-#pragma unroll
-          for (int k = 0; k < N; ++k)
-            if (k < left) add_to_sums(penalty, w[k], k);
-        });
+      for (int k = 0; k < N; ++k) {
+        if (k >= left) continue;
+        zeros += w[k] == C(0);
+        if (numbers.prox) add_to_sums(w[k], k);
       }
     };
     if (in_float32) count();

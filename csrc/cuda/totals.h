@@ -229,7 +229,7 @@ PYREG_DEVICE void finish(Executor& run, const Parameter& p, Shared<S>& shared) {
       }
       *p.out = value;
       *reinterpret_cast<float*>(values + units) = static_cast<float>(value);
-      if constexpr (kSteps<S>) {
+      if constexpr (S == Sweep::kStep) {
         int64_t zeros = 0;
         for (uint32_t u = 0; u < units; ++u)
           zeros += static_cast<int64_t>(totals[u * kColumns<S> + 2]);

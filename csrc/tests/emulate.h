@@ -86,10 +86,8 @@ void run_sweep(Sweep sweep, const Parameter& p, uint32_t blocks, Random& random)
       return run_grid<Sweep::kProxInMetric, F>(p, blocks, random);
     case Sweep::kStats:
       return run_grid<Sweep::kStats, F>(p, blocks, random);
-    case Sweep::kStepWithGradient:
-      return run_grid<Sweep::kStepWithGradient, F>(p, blocks, random);
-    case Sweep::kStepWithProx:
-      return run_grid<Sweep::kStepWithProx, F>(p, blocks, random);
+    case Sweep::kStep:
+      if constexpr (F == Family::kElementary) run_grid<Sweep::kStep, F>(p, blocks, random);
   }
 }
 

@@ -228,6 +228,10 @@ class CudaBackend:
                 return f"no native kernel for penalty {name!r}"
         return unserved(pack.device.index or 0)
 
+    def steps(self, pack: Pack) -> bool:
+        """Whether `step` knows its penalties."""
+        return set(pack.penalties) <= set(load().stepped_penalties)
+
     def check(self, pack: Pack, tensors: list[Tensor]) -> None:
         pack.check_rows(tensors)
 

@@ -75,6 +75,10 @@ class NativeBackend:
         except native.GradientMismatch:
             raise GradientMismatch from None
 
+    def steps(self, pack: Pack) -> bool:
+        """Whether `step` knows its penalties."""
+        return True
+
     def check(self, pack: Pack, tensors: list[Tensor]) -> None:
         pack.check_rows(tensors)
 

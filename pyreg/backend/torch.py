@@ -25,6 +25,10 @@ class TorchBackend:
     def refuses(self, pack: Pack, by_name: bool = False) -> str | None:
         return None
 
+    def steps(self, pack: Pack) -> bool:
+        """Whether `step` knows its penalties."""
+        return False
+
     def check(self, pack: Pack, tensors: Sequence[Tensor]) -> None:
         pack.check_rows(tensors)
 

@@ -82,6 +82,10 @@ class TritonBackend:
                 return f"no Triton kernel for penalty {name!r}"
         return None
 
+    def steps(self, pack: Pack) -> bool:
+        """Whether `step` knows its penalties."""
+        return True
+
     def check(self, pack: Pack, tensors: Sequence[Tensor]) -> None:
         pack.check_rows(tensors)
 
