@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,11 @@ import torch
 from hypothesis import settings
 
 import pyreg
+from pyreg import dispatch
+from pyreg.backend import cuda
 from pyreg.dispatch import backend as backend_by_name
+
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
 
 sys.path.insert(0, str(Path(__file__).parent))  # for cases and oracle, under importlib mode
 
@@ -59,6 +66,49 @@ def swept(native, monkeypatch):
         raise AssertionError("this step was not one sweep")
 
     monkeypatch.setattr(pyreg.optim.fused.Fused, "_step_by_torch", by_torch)
+
+
+@pytest.fixture(scope="session")
+def on_host(tmp_path_factory):
+    """pyreg._cuda over the kernels' code on the host: compiled from cuda/bindings.cpp and a launch
+    that runs the kernels in loops, on CPU tensors."""
+    pytest.importorskip("pyreg._native")
+    pybind11 = pytest.importorskip("pybind11")
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    name = "_cuda_on_host"
+    target = tmp_path_factory.mktemp("cuda") / (name + sysconfig.get_config_var("EXT_SUFFIX"))
+    defines = ("PYREG_LIBM_FMA", f"PYREG_MODULE={name}", "PYREG_DEVICE_TYPE=1")
+    includes = (CSRC, pybind11.get_include(), sysconfig.get_path("include"))
+    command = [
+        *(compiler, "-std=gnu++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-w"),
+        *("-fvisibility=hidden", '-DPYREG_DEVICE_NAME="cpu"'),
+        *(f"-D{d}" for d in defines),
+        *(f"-I{i}" for i in includes),
+        *(CSRC / "cuda/bindings.cpp", CSRC / "tests/launch_on_host.cpp", "-o", target),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    spec = importlib.util.spec_from_file_location(name, target)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def kernels(on_host, monkeypatch):
+    """pyreg's native backend runs the kernels' code on CPU tensors."""
+    monkeypatch.setattr(cuda, "load", lambda: on_host)
+    monkeypatch.setattr(dispatch, "_NATIVE_ON", {"cpu": ("cuda", "CudaBackend")})
+    dispatch.backend.cache_clear()
+    cuda._no_gpu.cache_clear()
+    cuda.unserved.cache_clear()
+    with pyreg.use_backend("native"):
+        yield cuda.CudaBackend()
+    dispatch.backend.cache_clear()
+    cuda._no_gpu.cache_clear()
+    cuda.unserved.cache_clear()
 
 
 @pytest.fixture(scope="session")

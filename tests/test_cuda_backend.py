@@ -6,12 +6,6 @@ tensors. Results must be the CPU sweeps' to the bit. Streams, real captures and 
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
-import subprocess
-import sysconfig
-from pathlib import Path
-
 import pytest
 import torch
 from cases import DTYPES, REGULAR, fill, penalties
@@ -19,55 +13,11 @@ from swept import flat, moments
 from torch import nn
 
 import pyreg
-from pyreg import dispatch, doctor
+from pyreg import doctor
 from pyreg.backend import cuda, native
 from pyreg.backend.torch import apply_prox_in_metric
 from pyreg.metric import Metric
 from pyreg.pack import Packs, label
-
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
-
-
-@pytest.fixture(scope="module")
-def on_host(tmp_path_factory):
-    """The test module, compiled."""
-    pytest.importorskip("pyreg._native")
-    pybind11 = pytest.importorskip("pybind11")
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    name = "_cuda_on_host"
-    target = tmp_path_factory.mktemp("cuda") / (name + sysconfig.get_config_var("EXT_SUFFIX"))
-    defines = ("PYREG_LIBM_FMA", f"PYREG_MODULE={name}", "PYREG_DEVICE_TYPE=1")
-    includes = (CSRC, pybind11.get_include(), sysconfig.get_path("include"))
-    command = [
-        *(compiler, "-std=gnu++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-w"),
-        *("-fvisibility=hidden", '-DPYREG_DEVICE_NAME="cpu"'),
-        *(f"-D{d}" for d in defines),
-        *(f"-I{i}" for i in includes),
-        *(CSRC / "cuda/bindings.cpp", CSRC / "tests/launch_on_host.cpp", "-o", target),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    spec = importlib.util.spec_from_file_location(name, target)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def kernels(on_host, monkeypatch):
-    """pyreg's native backend runs the kernels' code on CPU tensors."""
-    monkeypatch.setattr(cuda, "load", lambda: on_host)
-    monkeypatch.setattr(dispatch, "_NATIVE_ON", {"cpu": ("cuda", "CudaBackend")})
-    dispatch.backend.cache_clear()
-    cuda._no_gpu.cache_clear()
-    cuda.unserved.cache_clear()
-    with pyreg.use_backend("native"):
-        yield cuda.CudaBackend()
-    dispatch.backend.cache_clear()
-    cuda._no_gpu.cache_clear()
-    cuda.unserved.cache_clear()
 
 
 def pack_of(tensors, rules, rule_of=None):

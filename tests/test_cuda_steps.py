@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from cases import penalties
-from test_cuda_backend import assert_same_bits, kernels, on_host, pack_of  # noqa: F401
+from test_cuda_backend import assert_same_bits, pack_of
 from trained import NET, ONE_EACH, make, minimizing, net, tensors_of
 
 import pyreg
@@ -126,7 +126,7 @@ class Step:
 @MODE
 @pytest.mark.parametrize(("dtype", "how"), HOW)
 @UPDATES
-def test_the_bits_of_the_cpu(kernels, update, dtype, how, mode):  # noqa: F811
+def test_the_bits_of_the_cpu(kernels, update, dtype, how, mode):
     """With L1, L2 and elastic net, tensor by tensor in turn; the fourth is not penalised."""
     rules = [pyreg.L1(0.3), pyreg.L2(0.2), pyreg.ElasticNet(0.1, 0.4)]
     found = [
@@ -137,7 +137,7 @@ def test_the_bits_of_the_cpu(kernels, update, dtype, how, mode):  # noqa: F811
     assert found[0][2] > 0 or mode == "grad"
 
 
-def test_other_penalties_are_left_to_another_backend(kernels):  # noqa: F811
+def test_other_penalties_are_left_to_another_backend(kernels):
     """They have no kernels of a step, which would take minutes to compile."""
     for rule in penalties():
         step = Step("adam", torch.float32, "own", [rule, pyreg.L1(0.1)])
@@ -150,7 +150,7 @@ def test_other_penalties_are_left_to_another_backend(kernels):  # noqa: F811
 
 
 @UPDATES
-def test_what_a_loss_scaler_says(kernels, update):  # noqa: F811
+def test_what_a_loss_scaler_says(kernels, update):
     """Its scale divides the gradients; after an overflow nothing is written."""
     rules = [pyreg.ElasticNet(0.1, 0.4)]
     for mode in ("grad", "prox"):
@@ -167,7 +167,7 @@ def test_what_a_loss_scaler_says(kernels, update):  # noqa: F811
             assert_same_bits(a, b)
 
 
-def test_numbers_and_scales_on_the_device(kernels):  # noqa: F811
+def test_numbers_and_scales_on_the_device(kernels):
     """Read where they lie, as a graph's replay does."""
     rules = [pyreg.ElasticNet(0.1, torch.tensor(0.4))]
     for mode in ("grad", "prox"):
@@ -183,7 +183,7 @@ def test_numbers_and_scales_on_the_device(kernels):  # noqa: F811
 
 
 @pytest.mark.parametrize("how", ["own", "at random"])
-def test_more_tensors_than_fit_into_a_launch(kernels, on_host, monkeypatch, how):  # noqa: F811
+def test_more_tensors_than_fit_into_a_launch(kernels, on_host, monkeypatch, how):
     """A table, copied when something changed; the numbers lie elsewhere."""
     dtype = torch.float32 if how == "own" else torch.bfloat16
     tables, original = [], cuda._Table.on
@@ -213,7 +213,7 @@ def test_more_tensors_than_fit_into_a_launch(kernels, on_host, monkeypatch, how)
     assert [isinstance(given, bytes) for given in tables] == [True, False, False]
 
 
-def test_what_a_step_refuses(kernels):  # noqa: F811
+def test_what_a_step_refuses(kernels):
     def step(change):
         made = Step("adam", torch.float32, "own", [pyreg.L1(0.1)])
         change(made)
@@ -264,7 +264,7 @@ def on_the_cpu(monkeypatch):
 @MODE
 @pytest.mark.parametrize("how", [None, "master_weights", "stochastic_rounding"])
 @pytest.mark.parametrize(("name", "options"), ONE_EACH)
-def test_the_optimizers(kernels, swept, monkeypatch, name, options, mode, how):  # noqa: F811
+def test_the_optimizers(kernels, swept, monkeypatch, name, options, mode, how):
     """Three steps of each, with schedules; the bits of those over the CPU's sweeps."""
     trained, more = [], {how: True} if how else {}
     for on_cpu in (True, False):
