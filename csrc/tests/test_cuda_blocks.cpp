@@ -72,6 +72,10 @@ struct Rows {
   }
 };
 
+#define PYREG_MOMENT(U) U::kMoment,
+constexpr int kMoments[] = {PYREG_UPDATES(PYREG_MOMENT)};
+#undef PYREG_MOMENT
+
 std::vector<Row> random_rows(Random& random, int most, int rules) {
   const int64_t edges[] = {0,
                            1,
@@ -98,8 +102,8 @@ std::vector<Row> random_rows(Random& random, int most, int rules) {
   return rows;
 }
 
-// Every sweep over random tensors, by the kernels' code and by the CPU's: the same bits. Both with
-// the tensors in the parameter and in a table, for several grids.
+// Every sweep but the optimizers' step over random tensors, by the kernels' code and by the CPU's:
+// the same bits. Both with the tensors in the parameter and in a table, for several grids.
 void test_same_bits_as_the_cpu() {
   Random random(1);
   uint32_t done = 0;
@@ -162,7 +166,7 @@ void test_same_bits_as_the_cpu() {
     const size_t left_out = random() % 9;  // a row that the caller sees to, if there is one
 
     const Table table(rows, penalties);
-    for (int s = 0; s < cuda::kSweeps; ++s) {
+    for (int s = 0; s < static_cast<int>(Sweep::kStep); ++s) {
       const Sweep sweep = static_cast<Sweep>(s);
       const bool stats = sweep == Sweep::kStats, in_metric = sweep == Sweep::kProxInMetric,
                  totals = sweep != Sweep::kGradient && sweep != Sweep::kProx;
@@ -256,6 +260,121 @@ void test_same_bits_as_the_cpu() {
   }
 }
 
+// An optimizer's step likewise, each row with an update of its own.
+void test_steps_as_the_cpu() {
+  Random random(3);
+  uint32_t done = 0;
+  auto p = std::make_unique<cuda::Parameter>();
+  for (int round = 0; round < 200; ++round) {
+    const int rules = 1 + static_cast<int>(random() % 3);
+    std::vector<int> penalties(rules), skip;
+    for (int& penalty : penalties) penalty = static_cast<int>(random() % kElementary);
+    const auto rows = random_rows(random, 12, rules);
+    for (size_t i = 0; i < rows.size(); ++i)
+      skip.push_back(random() % 2 ? 0 : static_cast<int>(random() % 8));
+    std::vector<Row> beside = rows, masters = rows;
+    for (Row& row : beside)
+      if (random() % 2) row.dtype = DType::kFloat32;
+    for (Row& row : masters) row.dtype = DType::kFloat32;
+    Rows w(rows, skip), g(rows, skip), master(masters, skip);
+    w.fill(random, false), g.fill(random, false), master.fill(random, false);
+    std::vector<Rows> states;
+    for (int k = 0; k < kMaxStates; ++k) {
+      states.emplace_back(beside, skip);
+      states.back().fill(random, false);
+      states.back().make_positive();
+    }
+    std::vector<double> strengths(rules * kMaxStrengths), numbers;
+    std::vector<cuda::Number> given;
+    for (double& s : strengths) s = static_cast<double>(random() % 1000) * 1.1e-3;
+    for (const double& s : strengths) given.push_back(cuda::Number::of(s));
+    const int sets = 1 + static_cast<int>(random() % 3);
+    for (int set = 0; set < sets; ++set)
+      for (double x :
+           {set ? -1.0 : 1.0, 0.999, set * 0.1, 0.1, 0.9, 0.1, 0.01, 1.5, 1e-3, 0.05, 1.0, 0.0})
+        numbers.push_back(x);
+    std::vector<Update> updates(rows.size());
+    std::vector<cuda::RowStep> steps(rows.size());
+    for (size_t i = 0; i < rows.size(); ++i) {
+      Update& u = updates[i];
+      do u.update = static_cast<int>(random() % kUpdates);
+      while (kMoments[u.update] == kOfSeveral);  // the root of a negative number
+      u.float32 = beside[i].dtype == DType::kFloat32 && rows[i].dtype != DType::kFloat32;
+      u.penalised = random() % 4 != 0;
+      const bool narrow = item_size(rows[i].dtype) == 2 && u.float32;
+      if (narrow && random() % 2) {
+        u.at_random = rows[i].dtype == DType::kBFloat16;
+        u.key = static_cast<uint32_t>(random());
+      }
+      steps[i] = {{},
+                  nullptr,
+                  u.key,
+                  static_cast<uint32_t>(random() % sets),
+                  static_cast<uint8_t>(u.update),
+                  u.float32,
+                  u.penalised,
+                  u.at_random};
+      u.numbers = numbers.data() + steps[i].set * cuda::kSetNumbers;
+      u.metric.numerator = u.numbers[kNumbers];
+    }
+    std::vector<bool> mastered(rows.size());
+    for (size_t i = 0; i < rows.size(); ++i)
+      mastered[i] = item_size(rows[i].dtype) == 2 && updates[i].float32 && !updates[i].at_random &&
+                    random() % 2;
+    const double scale = random() % 2 ? 1.0 : -0.3;
+    const Table table(rows, penalties);
+    for (bool prox : {false, true}) {
+      Rows cpu_w = w, cpu_master = master;
+      auto cpu_states = states;
+      for (size_t i = 0; i < rows.size(); ++i) {
+        for (int k = 0; k < kMaxStates; ++k) updates[i].states[k] = cpu_states[k].pointers()[i];
+        updates[i].master = mastered[i] ? cpu_master.pointers()[i] : nullptr;
+      }
+      std::vector<double> sums(rules * kMaxSums);
+      const int64_t zeros =
+          cpu::step(table, cpu_w.pointers().data(), g.pointers().data(), updates.data(), prox,
+                    strengths.data(), scale, sums.data(), 1);
+      const double value = value_from_sums(table, sums.data(), strengths.data());
+      cuda::Plan plan(rows, penalties, true);
+      for (uint32_t most : {1u, 3u, 1000u}) {
+        Rows gpu_w = w, gpu_master = master;
+        auto gpu_states = states;
+        for (size_t i = 0; i < rows.size(); ++i) {
+          for (int k = 0; k < kMaxStates; ++k) steps[i].states[k] = gpu_states[k].pointers()[i];
+          steps[i].master = mastered[i] ? gpu_master.pointers()[i] : nullptr;
+        }
+        const cuda::Number one = cuda::Number::of(1), none = cuda::Number::of(0);
+        cuda::StepFacts facts{nullptr, one.scalar, none.scalar, one.kind, none.kind, prox};
+        const bool elsewhere = round % 2;
+        if (elsewhere) facts.numbers = numbers.data();
+        plan.show(gpu_w.pointers().data(), g.pointers().data());
+        plan.step(facts, steps.data(), elsewhere ? std::vector<double>() : numbers);
+        plan.strengthen(given.data());
+        std::vector<char> memory(plan.table_bytes() + 16);
+        plan.write_table(memory.data());
+        std::memset(static_cast<void*>(p.get()), 0xff, sizeof *p);
+        const uint32_t blocks =
+            plan.fill(*p, most == 3 ? memory.data() : nullptr, cuda::Number::of(scale), most);
+        constexpr int kColumns = cuda::kColumns<Sweep::kStep>;
+        std::vector<double> out(3 + rules * (kColumns + 1), NAN);
+        std::vector<double> partials(plan.segments() * kColumns + 1, NAN);
+        p->out = out.data(), p->partials = partials.data(), p->done = &done;
+        cuda::run_sweep(Sweep::kStep, plan.family(), *p, blocks, random);
+        int64_t found;
+        std::memcpy(&found, &out.back(), sizeof found);
+        CHECK(out[0] == value && found == zeros,
+              "round %d, %u blocks: value %.17g, zeros %lld, the CPU's %.17g, %lld", round, blocks,
+              out[0], static_cast<long long>(found), value, static_cast<long long>(zeros));
+        bool same = gpu_w.memory == cpu_w.memory && gpu_master.memory == cpu_master.memory;
+        for (int k = 0; k < kMaxStates; ++k)
+          same = same && gpu_states[k].memory == cpu_states[k].memory;
+        CHECK(same, "round %d, %u blocks: other bits than the CPU's", round, blocks);
+        if (failures) return;
+      }
+    }
+  }
+}
+
 // Segments of several chunks: one that goes on in the next batch, and shares that end inside rows.
 void test_long_segments() {
   Random random(2);
@@ -313,6 +432,7 @@ void test_long_segments() {
 
 int main() {
   test_same_bits_as_the_cpu();
+  test_steps_as_the_cpu();
   test_long_segments();
   if (failures) std::printf("%d checks failed\n", failures);
   return failures ? 1 : 0;
