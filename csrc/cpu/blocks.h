@@ -1,4 +1,4 @@
-// Blocks of kLanes elements, and asking for the next ones.
+// Blocks of kBlock elements, and asking for the next ones.
 #pragma once
 
 #include "elements.h"
@@ -7,7 +7,35 @@
 namespace pyreg::cpu::PYREG_ISA {
 namespace {
 
-constexpr int kLanes = kBlock;
+// widen, target and narrow for at most kBlock elements of any dtype in either compute type.
+template <class C, class T>
+constexpr bool kOwn = std::is_same_v<C, typename Element<T>::Compute>;
+template <class C, class T>
+PYREG_FN const C* widen_to(const T* x, int n, C* buffer) {
+  if constexpr (kOwn<C, T>) {
+    return widen(x, n, buffer);
+  } else {
+    typename Element<T>::Compute own[kBlock];
+    const auto* from = widen(x, n, own);
+#pragma omp simd
+    for (int j = 0; j < n; ++j) buffer[j] = static_cast<C>(from[j]);
+    return buffer;
+  }
+}
+template <class C, class T>
+PYREG_FN C* target_of(T* x, C* buffer) {
+  if constexpr (kOwn<C, T>) return target(x, buffer);
+  return buffer;
+}
+template <class C, class T>
+PYREG_FN void narrow_from(const C* y, int n, T* x) {
+  if constexpr (kOwn<C, T>) {
+    narrow(y, n, x);
+  } else {
+#pragma omp simd
+    for (int j = 0; j < n; ++j) x[j] = static_cast<T>(y[j]);
+  }
+}
 
 // The first `used` lanes (a multiple of 16; the others are zero) in double: 16 strided sums, then
 // one, always in this order.
@@ -25,15 +53,11 @@ PYREG_FN double reduce(const C* lanes, int used) {
 // Asks for the row that comes kAhead bytes later: the hardware's own prefetch stops at pages. (The
 // best of those tried from 640 to 8,192 bytes; multiples of 1,024 are worse, nobody knows why.)
 constexpr int kAhead = 1344;
-template <int write = 0, int n = kLanes, class T>
-PYREG_FN void prefetch(const T* row) {
+template <int write = 0, class T>
+PYREG_FN void prefetch(const T* row, int n = kBlock) {
   const char* p = reinterpret_cast<const char*>(row) + kAhead;
   for (int i = 0; i < n * static_cast<int>(sizeof(T)); i += 64) __builtin_prefetch(p + i, write);
 }
-
-// Where the arithmetic is long, rows are asked for piece by piece as it goes on: a core has some 16
-// lines on their way at a time, and would wait for a whole row's before it begins to compute.
-constexpr int kPiece = 64;
 
 PYREG_FN int at_most(int64_t n, int64_t limit) { return static_cast<int>(n < limit ? n : limit); }
 

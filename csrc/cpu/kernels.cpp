@@ -1,30 +1,114 @@
 // The CPU kernels, compiled once per instruction set (PYREG_ISA names the namespace).
 //
-// A segment is walked chunk by chunk, a chunk in kDepth rows of kLanes elements. Lane j adds the
-// elements j, j + kLanes, ... of the chunk in the compute type, at most kDepth of them, and then
-// the lanes are added in double in a fixed order. So the bits do not depend on the vector width,
-// and a float32 sum of non-negative terms is within (kDepth + 1) * 2^-24 < 1.02e-6 of the exact one
-// in the worst case (additions and one multiplication per term), a hundred times closer in the
-// typical.
+// A driver for each dtype walks a segment in blocks of kBlock elements; the maths on a block comes
+// by pointer, compiled for each penalty in the two compute types. (Drivers of their own for each
+// penalty would take three times as long to compile, and run no faster: 256 elements take a hundred
+// times as long as a call.)
 //
-// Every inner loop runs over at most kLanes elements of plain arrays, which the compiler
+// Lane j of a chunk adds its elements j, j + kBlock, ... in the compute type, at most kDepth of
+// them, and then the lanes are added in double in a fixed order. So the bits do not depend on the
+// vector width, and a float32 sum of non-negative terms is within (kDepth + 1) * 2^-24 < 1.02e-6 of
+// the exact one in the worst case (additions and one multiplication per term), a hundred times
+// closer in the typical.
+//
+// Every inner loop runs over at most kBlock elements of plain arrays, which the compiler
 // vectorizes; the lanes (1 KiB) and the widened 16-bit elements live in the first-level cache, so
 // each element is read from memory once and written at most once.
 
 #include "kernels.h"
-
-#include <cstring>
 
 #include "blocks.h"
 
 namespace pyreg::cpu::PYREG_ISA {
 namespace {
 
-constexpr int kDepth = kChunk / kLanes;
+constexpr int kDepth = kChunk / kBlock;
 static_assert(kDepth == 16, "the error bound above assumes it");
 
-// How many lanes n elements touch, in whole groups of 16. (Small tensors are many.)
-PYREG_FN int lanes_used(int64_t n) { return at_most((n + 15) / 16 * 16, kLanes); }
+// The lanes of each sum.
+template <class C>
+using Lanes = C[kMaxSums][kBlock];
+
+// What a penalty does to at most kBlock elements x in the compute type. y is the result, which may
+// be x itself; lanes[k][j] gains the k-th sum's term of x[j].
+template <class C>
+struct Maths {
+  int sums_of_value;
+  void (*sums)(const C* x, int n, const C* c, Lanes<C>& lanes);
+  void (*grad)(const C* x, int n, const C* c, C scale, C* y);
+  void (*add)(const C* x, const C* old, int n, const C* c, C scale, C* y, Lanes<C>& lanes);
+  void (*prox)(const C* x, C step, int n, const C* c, C* y);
+  void (*prox_ratio)(const C* x, C numerator, const C* q, int n, const C* c, C* y);
+  // Anchored penalties: x is measured from the anchor, and each element has its weight, or step.
+  void (*weighted_sums)(const C* x, const C* weight, int n, const C* c, Lanes<C>& lanes);
+  void (*weighted_grad)(const C* x, const C* weight, int n, const C* c, C scale, C* y);
+  void (*stepwise_prox)(const C* x, const C* steps, int n, const C* c, C* y);
+};
+
+// (A sum after the other: a loop over them inside the loop over elements does not vectorize.)
+template <class P, class C>
+PYREG_FN void add_to(Lanes<C>& lanes, int j, C x, const C* c) {
+  lanes[0][j] = P::template add<0>(lanes[0][j], x, c);
+  if constexpr (P::kSums > 1) lanes[1][j] = P::template add<1>(lanes[1][j], x, c);
+}
+
+template <class P, class C>
+void sums(const C* x, int n, const C* c, Lanes<C>& lanes) {
+#pragma omp simd
+  for (int j = 0; j < n; ++j) add_to<P>(lanes, j, x[j], c);
+}
+template <class P, class C>
+void grad(const C* x, int n, const C* c, C scale, C* y) {
+#pragma omp simd
+  for (int j = 0; j < n; ++j) y[j] = scale * P::grad(x[j], c);
+}
+template <class P, class C>
+void add(const C* x, const C* old, int n, const C* c, C scale, C* y, Lanes<C>& lanes) {
+#pragma omp simd
+  for (int j = 0; j < n; ++j) {
+    add_to<P>(lanes, j, x[j], c);
+    y[j] = old[j] + scale * P::grad(x[j], c);
+  }
+}
+template <class P, class C>
+void prox(const C* x, C step, int n, const C* c, C* y) {
+#pragma omp simd
+  for (int j = 0; j < n; ++j) y[j] = P::prox(x[j], step, c);
+}
+template <class P, class C>
+void prox_ratio(const C* x, C numerator, const C* q, int n, const C* c, C* y) {
+#pragma omp simd
+  for (int j = 0; j < n; ++j) y[j] = P::prox_ratio(x[j], numerator, q[j], c);
+}
+template <class P, class C>
+void weighted_sums(const C* x, const C* weight, int n, const C* c, Lanes<C>& lanes) {
+#pragma omp simd
+  for (int j = 0; j < n; ++j) {
+    lanes[0][j] += weight[j] * P::template add<0>(C(0), x[j], c);
+    if constexpr (P::kSums > 1) lanes[1][j] += weight[j] * P::template add<1>(C(0), x[j], c);
+  }
+}
+template <class P, class C>
+void weighted_grad(const C* x, const C* weight, int n, const C* c, C scale, C* y) {
+#pragma omp simd
+  for (int j = 0; j < n; ++j) y[j] = scale * (weight[j] * P::grad(x[j], c));
+}
+template <class P, class C>
+void stepwise_prox(const C* x, const C* steps, int n, const C* c, C* y) {
+#pragma omp simd
+  for (int j = 0; j < n; ++j) y[j] = P::prox(x[j], steps[j], c);
+}
+
+template <class P, class C>
+constexpr Maths<C> maths_of() {
+  return {P::kSums,           sums<P, C>,       grad<P, C>,          add<P, C>,
+          prox<P, C>,         prox_ratio<P, C>, weighted_sums<P, C>, weighted_grad<P, C>,
+          stepwise_prox<P, C>};
+}
+#define PYREG_MATHS(P) maths_of<P, C>(),
+template <class C>
+const Maths<C> maths[kPenalties] = {PYREG_PENALTIES(PYREG_MATHS)};
+#undef PYREG_MATHS
 
 template <class C>
 struct Strengths {
@@ -34,158 +118,120 @@ struct Strengths {
   }
 };
 
-// The lanes of up to two sums. (Two plain pointers: a loop over k inside the loop over elements
-// does not vectorize.)
-template <class P, class C>
-struct Lanes {
-  C first[kLanes], second[P::kSums > 1 ? kLanes : 1];
-  int used;
-
-  PYREG_FN explicit Lanes(int64_t elements) : used(lanes_used(elements)) {
-    for (int j = 0; j < used; ++j) first[j] = C(0);
-    if constexpr (P::kSums > 1)
-      for (int j = 0; j < used; ++j) second[j] = C(0);
-  }
-  PYREG_FN void add(int j, C x, const C* c) {
-    first[j] = P::template add<0>(first[j], x, c);
-    if constexpr (P::kSums > 1) second[j] = P::template add<1>(second[j], x, c);
-  }
-  PYREG_FN void flush(double* sums) const {
-    sums[0] += reduce(first, used);
-    if constexpr (P::kSums > 1) sums[1] += reduce(second, used);
-  }
-};
-
-template <class P, class T>
-void value(const void* w_, int64_t n, const double* strengths, double* sums) {
-  using C = typename Element<T>::Compute;
-  const T* w = static_cast<const T*>(w_);
-  const Strengths<C> s(strengths);
-  C buffer[kLanes];
+// body(i, m, lanes) for each block of m elements from the i-th; the `count` sums of each chunk's
+// lanes are added to `sums`.
+template <class C, class Body>
+PYREG_FN void for_each_block(int64_t n, int count, double* sums, const Body& body) {
+  Lanes<C> lanes;
   for (int64_t chunk = 0; chunk < n; chunk += kChunk) {
     const int64_t end = chunk + at_most(n - chunk, kChunk);
-    Lanes<P, C> lanes(end - chunk);
-    for (int64_t i = chunk; i < end; i += kLanes) {
-      const int m = at_most(end - i, kLanes);
-      if (n - i > kLanes) prefetch(w + i);
-      const C* x = widen(w + i, m, buffer);
-#pragma omp simd
-      for (int j = 0; j < m; ++j) lanes.add(j, x[j], s.c);
-    }
-    lanes.flush(sums);
+    const int used = at_most((end - chunk + 15) / 16 * 16, kBlock);  // (Small tensors are many.)
+    for (int k = 0; k < count; ++k)
+      for (int j = 0; j < used; ++j) lanes[k][j] = C(0);
+    for (int64_t i = chunk; i < end; i += kBlock) body(i, at_most(end - i, kBlock), lanes);
+    for (int k = 0; k < count; ++k) sums[k] += reduce(lanes[k], used);
   }
 }
 
-template <class P, class T>
-void gradient(const void* w_, void* g_, int64_t n, const double* strengths, double scale_) {
+template <class T>
+void value(int penalty, const void* w_, int64_t n, const double* strengths, double* sums) {
+  using C = typename Element<T>::Compute;
+  const T* w = static_cast<const T*>(w_);
+  const Strengths<C> s(strengths);
+  const Maths<C>& of = maths<C>[penalty];
+  C buffer[kBlock];
+  for_each_block<C>(n, of.sums_of_value, sums, [&](int64_t i, int m, Lanes<C>& lanes) {
+    if (n - i > kBlock) prefetch(w + i);
+    of.sums(widen(w + i, m, buffer), m, s.c, lanes);
+  });
+}
+
+template <class T>
+void gradient(int penalty, const void* w_, void* g_, int64_t n, const double* strengths,
+              double scale) {
   using C = typename Element<T>::Compute;
   const T* w = static_cast<const T*>(w_);
   T* g = static_cast<T*>(g_);
   const Strengths<C> s(strengths);
-  const C scale = static_cast<C>(scale_);
-  C buffer[kLanes], result[kLanes];
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const int m = at_most(n - i, kLanes);
-    const C* x = widen(w + i, m, buffer);
+  const Maths<C>& of = maths<C>[penalty];
+  C buffer[kBlock], result[kBlock];
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const int m = at_most(n - i, kBlock);
     C* y = target(g + i, result);
-#pragma omp simd
-    for (int j = 0; j < m; ++j) y[j] = scale * P::grad(x[j], s.c);
+    of.grad(widen(w + i, m, buffer), m, s.c, static_cast<C>(scale), y);
     narrow(y, m, g + i);
   }
 }
 
-template <class P, class T>
-void accumulate(const void* w_, void* g_, int64_t n, const double* strengths, double scale_,
-                double* sums) {
+template <class T>
+void accumulate(int penalty, const void* w_, void* g_, int64_t n, const double* strengths,
+                double scale, double* sums) {
   using C = typename Element<T>::Compute;
   const T* w = static_cast<const T*>(w_);
   T* g = static_cast<T*>(g_);
   const Strengths<C> s(strengths);
-  const C scale = static_cast<C>(scale_);
-  C w_buffer[kLanes], g_buffer[kLanes], result[kLanes];
-  for (int64_t chunk = 0; chunk < n; chunk += kChunk) {
-    const int64_t end = chunk + at_most(n - chunk, kChunk);
-    Lanes<P, C> lanes(end - chunk);
-    for (int64_t i = chunk; i < end; i += kLanes) {
-      const int m = at_most(end - i, kLanes);
-      if (n - i > kLanes) {
-        prefetch(w + i);
-        prefetch<1>(g + i);
-      }
-      const C* x = widen(w + i, m, w_buffer);
-      const C* old = widen(g + i, m, g_buffer);
-      C* y = target(g + i, result);
-#pragma omp simd
-      for (int j = 0; j < m; ++j) {
-        lanes.add(j, x[j], s.c);
-        y[j] = old[j] + scale * P::grad(x[j], s.c);
-      }
-      narrow(y, m, g + i);
+  const Maths<C>& of = maths<C>[penalty];
+  C w_buffer[kBlock], g_buffer[kBlock], result[kBlock];
+  for_each_block<C>(n, of.sums_of_value, sums, [&](int64_t i, int m, Lanes<C>& lanes) {
+    if (n - i > kBlock) {
+      prefetch(w + i);
+      prefetch<1>(g + i);
     }
-    lanes.flush(sums);
-  }
+    const C* x = widen(w + i, m, w_buffer);
+    const C* old = widen(static_cast<const T*>(g + i), m, g_buffer);
+    C* y = target(g + i, result);
+    of.add(x, old, m, s.c, static_cast<C>(scale), y, lanes);
+    narrow(y, m, g + i);
+  });
 }
 
-template <class P, class T>
-void prox(void* w_, int64_t n, const double* strengths, double step_) {
+template <class T>
+void prox(int penalty, void* w_, int64_t n, const double* strengths, double step) {
   using C = typename Element<T>::Compute;
   T* w = static_cast<T*>(w_);
   const Strengths<C> s(strengths);
-  const C step = static_cast<C>(step_);
-  C buffer[kLanes], result[kLanes];
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const int m = at_most(n - i, kLanes);
-    const C* x = widen(static_cast<const T*>(w + i), m, buffer);
+  const Maths<C>& of = maths<C>[penalty];
+  C buffer[kBlock], result[kBlock];
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const int m = at_most(n - i, kBlock);
     C* y = target(w + i, result);
-#pragma omp simd
-    for (int j = 0; j < m; ++j) y[j] = P::prox(x[j], step, s.c);
+    of.prox(widen(static_cast<const T*>(w + i), m, buffer), static_cast<C>(step), m, s.c, y);
     narrow(y, m, w + i);
   }
 }
 
 // D: the moment's dtype.
-template <class P, class T, class D>
-void prox_in_metric(void* w_, const void* moment_, int64_t n, const double* strengths,
+template <class T, class D>
+void prox_in_metric(int penalty, void* w_, const void* moment_, int64_t n, const double* strengths,
                     const Metric& metric, double* sums) {
   using C = typename Element<T>::Compute;
   T* w = static_cast<T*>(w_);
   const D* moment = static_cast<const D*>(moment_);
   const Strengths<C> s(strengths);
+  const Maths<C>& of = maths<C>[penalty];
   const C numerator = static_cast<C>(metric.numerator), factor = static_cast<C>(metric.factor),
           offset = static_cast<C>(metric.offset);
-  C w_buffer[kLanes], result[kLanes], q[kLanes];
-  typename Element<D>::Compute moment_buffer[kLanes];
+  C w_buffer[kBlock], result[kBlock], q[kBlock], moment_buffer[kBlock];
   if (moment == nullptr)
     for (C& x : q) x = C(1);
-  for (int64_t chunk = 0; chunk < n; chunk += kChunk) {
-    const int64_t end = chunk + at_most(n - chunk, kChunk);
-    Lanes<P, C> lanes(end - chunk);
-    for (int64_t i = chunk; i < end; i += kLanes) {
-      const int m = at_most(end - i, kLanes);
-      if (moment != nullptr) {
-        if (n - i > kLanes) prefetch(moment + i);
-        const auto* d = widen(moment + i, m, moment_buffer);
-        if (metric.root) {
+  for_each_block<C>(n, of.sums_of_value, sums, [&](int64_t i, int m, Lanes<C>& lanes) {
+    if (moment != nullptr) {
+      if (n - i > kBlock) prefetch(moment + i);
+      const C* d = widen_to(moment + i, m, moment_buffer);
+      if (metric.root) {
 #pragma omp simd
-          for (int j = 0; j < m; ++j)
-            q[j] = denominator(factor * square_root(static_cast<C>(d[j])) + offset);
-        } else {
+        for (int j = 0; j < m; ++j) q[j] = denominator(factor * square_root(d[j]) + offset);
+      } else {
 #pragma omp simd
-          for (int j = 0; j < m; ++j) q[j] = denominator(factor * static_cast<C>(d[j]) + offset);
-        }
+        for (int j = 0; j < m; ++j) q[j] = denominator(factor * d[j] + offset);
       }
-      if (n - i > kLanes) prefetch<1>(w + i);
-      const C* x = widen(static_cast<const T*>(w + i), m, w_buffer);
-      C* y = target(w + i, result);
-#pragma omp simd
-      for (int j = 0; j < m; ++j) y[j] = P::prox_ratio(x[j], numerator, q[j], s.c);
-      narrow(y, m, w + i);
-      const C* stored = widen(static_cast<const T*>(w + i), m, w_buffer);
-#pragma omp simd
-      for (int j = 0; j < m; ++j) lanes.add(j, stored[j], s.c);
     }
-    lanes.flush(sums);
-  }
+    if (n - i > kBlock) prefetch<1>(w + i);
+    C* y = target(w + i, result);
+    of.prox_ratio(widen(static_cast<const T*>(w + i), m, w_buffer), numerator, q, m, s.c, y);
+    narrow(y, m, w + i);
+    of.sums(widen(static_cast<const T*>(w + i), m, w_buffer), m, s.c, lanes);  // of what is stored
+  });
 }
 
 template <class T>
@@ -193,14 +239,14 @@ void stats(const void* w_, int64_t n, Stats* stats) {
   using C = typename Element<T>::Compute;
   const T* w = static_cast<const T*>(w_);
   constexpr C kInfinity = static_cast<C>(__builtin_inf());
-  C buffer[kLanes];
+  C buffer[kBlock];
   for (int64_t chunk = 0; chunk < n; chunk += kChunk) {
     const int64_t end = chunk + at_most(n - chunk, kChunk);
-    C l1[kLanes] = {}, l2[kLanes] = {}, top[kLanes] = {};
-    int32_t zeros[kLanes] = {}, non_finite[kLanes] = {};
-    for (int64_t i = chunk; i < end; i += kLanes) {
-      const int m = at_most(end - i, kLanes);
-      if (n - i > kLanes) prefetch(w + i);
+    C l1[kBlock] = {}, l2[kBlock] = {}, top[kBlock] = {};
+    int32_t zeros[kBlock] = {}, non_finite[kBlock] = {};
+    for (int64_t i = chunk; i < end; i += kBlock) {
+      const int m = at_most(end - i, kBlock);
+      if (n - i > kBlock) prefetch(w + i);
       const C* x = widen(w + i, m, buffer);
 #pragma omp simd
       for (int j = 0; j < m; ++j) {
@@ -212,12 +258,12 @@ void stats(const void* w_, int64_t n, Stats* stats) {
         non_finite[j] += !(a < kInfinity);
       }
     }
-    stats->l1 += reduce(l1, kLanes);
-    stats->l2_squared += reduce(l2, kLanes);
+    stats->l1 += reduce(l1, kBlock);
+    stats->l2_squared += reduce(l2, kBlock);
     C highest = 0;
     int32_t zero = 0, not_finite = 0;
 #pragma omp simd reduction(max : highest) reduction(+ : zero, not_finite)
-    for (int j = 0; j < kLanes; ++j) {
+    for (int j = 0; j < kBlock; ++j) {
       highest = top[j] > highest ? top[j] : highest;
       zero += zeros[j];
       not_finite += non_finite[j];
@@ -232,10 +278,10 @@ template <class T>
 int64_t zeros(const void* w_, int64_t n) {
   using C = typename Element<T>::Compute;
   const T* w = static_cast<const T*>(w_);
-  C buffer[kLanes];
+  C buffer[kBlock];
   int64_t count = 0;
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const int m = at_most(n - i, kLanes);
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const int m = at_most(n - i, kBlock);
     const C* x = widen(w + i, m, buffer);
     int32_t zero = 0;
 #pragma omp simd reduction(+ : zero)
@@ -249,57 +295,29 @@ int64_t zeros(const void* w_, int64_t n) {
 template <class T>
 void widen_all(const void* x_, int64_t n, float* y) {
   const T* x = static_cast<const T*>(x_);
-  for (int64_t i = 0; i < n; i += kLanes) widen(x + i, at_most(n - i, kLanes), y + i);
+  for (int64_t i = 0; i < n; i += kBlock) widen(x + i, at_most(n - i, kBlock), y + i);
 }
 template <class T>
 void narrow_all(const float* x, int64_t n, void* y_) {
   T* y = static_cast<T*>(y_);
-  for (int64_t i = 0; i < n; i += kLanes) narrow(x + i, at_most(n - i, kLanes), y + i);
+  for (int64_t i = 0; i < n; i += kBlock) narrow(x + i, at_most(n - i, kBlock), y + i);
 }
 void narrow_at_random(const float* x, int64_t begin, int64_t n, uint32_t key, void* y_) {
   BFloat16* y = static_cast<BFloat16*>(y_);
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const int m = at_most(n - i, kLanes);
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const int m = at_most(n - i, kBlock);
 #pragma omp simd
     for (int j = 0; j < m; ++j) y[i + j] = to_bfloat16_at_random(x[i + j], key, begin + i + j);
   }
 }
 
-// Anchored penalties: the drivers widen, subtract, weigh and add back; the maths comes by pointer.
-// (Kernels of their own for each penalty and dtype would double the library.)
-
-template <class P, class C>
-void weighted_sums(const C* x, const C* weight, int n, const C* c, C (*lanes)[kBlock]) {
-#pragma omp simd
-  for (int j = 0; j < n; ++j) lanes[0][j] += weight[j] * P::template add<0>(C(0), x[j], c);
-  if constexpr (P::kSums > 1) {
-#pragma omp simd
-    for (int j = 0; j < n; ++j) lanes[1][j] += weight[j] * P::template add<1>(C(0), x[j], c);
-  }
-}
-template <class P, class C>
-void weighted_grad(const C* x, const C* weight, int n, const C* c, C scale, C* y) {
-#pragma omp simd
-  for (int j = 0; j < n; ++j) y[j] = scale * (weight[j] * P::grad(x[j], c));
-}
-template <class P, class C>
-void stepwise_prox(const C* x, const C* steps, int n, const C* c, C* y) {
-#pragma omp simd
-  for (int j = 0; j < n; ++j) y[j] = P::prox(x[j], steps[j], c);
-}
-
-#define PYREG_MATHS(P) {weighted_sums<P, C>, weighted_grad<P, C>, stepwise_prox<P, C>},
-template <class C>
-const WeightedMaths<C> maths[kPenalties] = {PYREG_PENALTIES(PYREG_MATHS)};
-#undef PYREG_MATHS
+// Anchored penalties: the drivers widen, subtract, weigh and add back.
 
 // n elements from the i-th, of any dtype, in the compute type; `absent` where there is no tensor.
 template <class C, class D>
 PYREG_FN void load_as(const void* from, int64_t i, int n, C* to) {
-  typename Element<D>::Compute buffer[kBlock];
-  const auto* x = widen(static_cast<const D*>(from) + i, n, buffer);
-#pragma omp simd
-  for (int j = 0; j < n; ++j) to[j] = static_cast<C>(x[j]);
+  const C* x = widen_to(static_cast<const D*>(from) + i, n, to);
+  for (int j = 0; j < n && x != to; ++j) to[j] = x[j];
 }
 template <class C>
 void load(const void* from, DType dtype, int64_t i, int n, C absent, C* to) {
@@ -320,10 +338,10 @@ void load(const void* from, DType dtype, int64_t i, int n, C absent, C* to) {
 }
 
 template <class T>
-constexpr DType kOwn = std::is_same_v<T, float>      ? DType::kFloat32
-                       : std::is_same_v<T, double>   ? DType::kFloat64
-                       : std::is_same_v<T, BFloat16> ? DType::kBFloat16
-                                                     : DType::kFloat16;
+constexpr DType kDType = std::is_same_v<T, float>      ? DType::kFloat32
+                         : std::is_same_v<T, double>   ? DType::kFloat64
+                         : std::is_same_v<T, BFloat16> ? DType::kBFloat16
+                                                       : DType::kFloat16;
 
 // The elements of one block, measured from the anchor: x = w - origin, and their weights.
 template <class T>
@@ -341,32 +359,17 @@ struct Measured {
   }
 };
 
-// Blocks of a segment, with the lanes of each chunk flushed into the sums (none if they are null).
-template <class C, class Body>
-PYREG_FN void for_each_block(int64_t n, int sums_of_penalty, double* sums, const Body& body) {
-  for (int64_t chunk = 0; chunk < n; chunk += kChunk) {
-    const int64_t end = chunk + at_most(n - chunk, kChunk);
-    C lanes[kMaxSums][kBlock] = {};
-    for (int64_t i = chunk; i < end; i += kBlock) body(i, at_most(end - i, kBlock), lanes);
-    if (sums == nullptr) continue;
-    for (int k = 0; k < sums_of_penalty; ++k) sums[k] += reduce(lanes[k], kBlock);
-  }
-}
-
-#define PYREG_SUMS(P) P::kSums,
-constexpr int kSumsOf[kPenalties] = {PYREG_PENALTIES(PYREG_SUMS)};
-#undef PYREG_SUMS
-
 template <class T>
 void anchored_value(int penalty, const void* w_, const Anchor& anchor, int64_t begin, int64_t n,
                     const double* strengths, double* sums) {
   using C = typename Element<T>::Compute;
   const T* w = static_cast<const T*>(w_);
   const Strengths<C> s(strengths);
-  Measured<T> m;
-  for_each_block<C>(n, kSumsOf[penalty], sums, [&](int64_t i, int block, C(*lanes)[kBlock]) {
-    m.read(w + i, anchor, begin + i, block);
-    maths<C>[penalty].sums(m.x, m.weight, block, s.c, lanes);
+  const Maths<C>& of = maths<C>[penalty];
+  Measured<T> from;
+  for_each_block<C>(n, of.sums_of_value, sums, [&](int64_t i, int m, Lanes<C>& lanes) {
+    from.read(w + i, anchor, begin + i, m);
+    of.weighted_sums(from.x, from.weight, m, s.c, lanes);
   });
 }
 
@@ -377,21 +380,23 @@ void anchored_gradient(int penalty, const void* w_, void* g_, const Anchor& anch
   const T* w = static_cast<const T*>(w_);
   T* g = static_cast<T*>(g_);
   const Strengths<C> s(strengths);
-  Measured<T> m;
+  const Maths<C>& of = maths<C>[penalty];
+  Measured<T> from;
   C result[kBlock], buffer[kBlock], added[kBlock];
-  for_each_block<C>(n, kSumsOf[penalty], sums, [&](int64_t i, int block, C(*lanes)[kBlock]) {
-    m.read(w + i, anchor, begin + i, block);
-    maths<C>[penalty].grad(m.x, m.weight, block, s.c, static_cast<C>(scale), added);
+  const int count = sums == nullptr ? 0 : of.sums_of_value;
+  for_each_block<C>(n, count, sums, [&](int64_t i, int m, Lanes<C>& lanes) {
+    from.read(w + i, anchor, begin + i, m);
+    of.weighted_grad(from.x, from.weight, m, s.c, static_cast<C>(scale), added);
     C* y = target(g + i, result);
     if (sums == nullptr) {
-      for (int j = 0; j < block; ++j) y[j] = added[j];
+      for (int j = 0; j < m; ++j) y[j] = added[j];
     } else {
-      maths<C>[penalty].sums(m.x, m.weight, block, s.c, lanes);
-      const C* old = widen(static_cast<const T*>(g + i), block, buffer);
+      of.weighted_sums(from.x, from.weight, m, s.c, lanes);
+      const C* old = widen(static_cast<const T*>(g + i), m, buffer);
 #pragma omp simd
-      for (int j = 0; j < block; ++j) y[j] = old[j] + added[j];
+      for (int j = 0; j < m; ++j) y[j] = old[j] + added[j];
     }
-    narrow(y, block, g + i);
+    narrow(y, m, g + i);
   });
 }
 
@@ -404,65 +409,60 @@ void anchored_prox(int penalty, void* w_, const Anchor& anchor, int64_t begin, i
   const Strengths<C> s(strengths);
   const C numerator = static_cast<C>(metric.numerator), factor = static_cast<C>(metric.factor),
           offset = static_cast<C>(metric.offset);
-  const DType moment_dtype = metric.float32 ? DType::kFloat32 : kOwn<T>;
-  Measured<T> m;
+  const DType moment_dtype = metric.float32 ? DType::kFloat32 : kDType<T>;
+  const Maths<C>& of = maths<C>[penalty];
+  Measured<T> from;
   C result[kBlock], buffer[kBlock], steps[kBlock], shrunk[kBlock];
-  for_each_block<C>(n, kSumsOf[penalty], sums, [&](int64_t i, int block, C(*lanes)[kBlock]) {
-    m.read(w + i, anchor, begin + i, block);
-    load(metric.moment, moment_dtype, i, block, C(0), steps);
+  const int count = sums == nullptr ? 0 : of.sums_of_value;
+  for_each_block<C>(n, count, sums, [&](int64_t i, int m, Lanes<C>& lanes) {
+    from.read(w + i, anchor, begin + i, m);
+    load(metric.moment, moment_dtype, i, m, C(0), steps);
     if (metric.moment == nullptr) {
-      for (int j = 0; j < block; ++j) steps[j] = numerator;
+      for (int j = 0; j < m; ++j) steps[j] = numerator;
     } else if (metric.root) {
 #pragma omp simd
-      for (int j = 0; j < block; ++j)
-        steps[j] = numerator / (factor * square_root(steps[j]) + offset);
+      for (int j = 0; j < m; ++j) steps[j] = numerator / (factor * square_root(steps[j]) + offset);
     } else {
 #pragma omp simd
-      for (int j = 0; j < block; ++j) steps[j] = numerator / (factor * steps[j] + offset);
+      for (int j = 0; j < m; ++j) steps[j] = numerator / (factor * steps[j] + offset);
     }
 #pragma omp simd
-    for (int j = 0; j < block; ++j) steps[j] *= m.weight[j];
-    maths<C>[penalty].prox(m.x, steps, block, s.c, shrunk);
-    const C* old = widen(static_cast<const T*>(w + i), block, buffer);
+    for (int j = 0; j < m; ++j) steps[j] *= from.weight[j];
+    of.stepwise_prox(from.x, steps, m, s.c, shrunk);
+    const C* old = widen(static_cast<const T*>(w + i), m, buffer);
     C* y = target(w + i, result);
 #pragma omp simd
-    for (int j = 0; j < block; ++j) y[j] = shrunk[j] == m.x[j] ? old[j] : m.origin[j] + shrunk[j];
-    narrow(y, block, w + i);
+    for (int j = 0; j < m; ++j) y[j] = shrunk[j] == from.x[j] ? old[j] : from.origin[j] + shrunk[j];
+    narrow(y, m, w + i);
     if (sums != nullptr) {
-      m.read(w + i, anchor, begin + i, block);
-      maths<C>[penalty].sums(m.x, m.weight, block, s.c, lanes);
+      from.read(w + i, anchor, begin + i, m);
+      of.weighted_sums(from.x, from.weight, m, s.c, lanes);
     }
   });
 }
 
 template <class T>
-constexpr AnchoredKernels anchored() {
-  return {anchored_value<T>, anchored_gradient<T>, anchored_prox<T>};
-}
-
-template <class P, class T>
-constexpr PenaltyKernels of() {
-  return {value<P, T>,
-          gradient<P, T>,
-          accumulate<P, T>,
-          prox<P, T>,
-          {prox_in_metric<P, T, T>, prox_in_metric<P, T, float>}};
+constexpr DTypeKernels of() {
+  return {value<T>,
+          gradient<T>,
+          accumulate<T>,
+          prox<T>,
+          {prox_in_metric<T, T>, prox_in_metric<T, float>},
+          anchored_value<T>,
+          anchored_gradient<T>,
+          anchored_prox<T>,
+          stats<T>,
+          zeros<T>};
 }
 
 }  // namespace
 
-extern const UpdateKernels updates[kUpdates][kDTypes];
+extern const StepKernel steps[kDTypes][2];
 extern const Kernels kernels;
-#define PYREG_ROW(P) {of<P, float>(), of<P, double>(), of<P, BFloat16>(), of<P, Float16>()},
-const Kernels kernels = {
-    {PYREG_PENALTIES(PYREG_ROW)},
-    {anchored<float>(), anchored<double>(), anchored<BFloat16>(), anchored<Float16>()},
-    {stats<float>, stats<double>, stats<BFloat16>, stats<Float16>},
-    updates,
-    {zeros<float>, zeros<double>, zeros<BFloat16>, zeros<Float16>},
-    {nullptr, nullptr, widen_all<BFloat16>, widen_all<Float16>},
-    {nullptr, nullptr, narrow_all<BFloat16>, narrow_all<Float16>},
-    narrow_at_random};
-#undef PYREG_ROW
+const Kernels kernels = {{of<float>(), of<double>(), of<BFloat16>(), of<Float16>()},
+                         steps,
+                         {nullptr, nullptr, widen_all<BFloat16>, widen_all<Float16>},
+                         {nullptr, nullptr, narrow_all<BFloat16>, narrow_all<Float16>},
+                         narrow_at_random};
 
 }  // namespace pyreg::cpu::PYREG_ISA

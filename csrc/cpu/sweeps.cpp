@@ -70,8 +70,8 @@ std::atomic<const InstructionSet*>& chosen() {
 
 int penalty_of(const Table& table, const Row& row) { return table.penalties()[row.rule]; }
 
-const PenaltyKernels& kernels_for(const Kernels& kernels, const Table& table, const Row& row) {
-  return kernels.penalty[penalty_of(table, row)][static_cast<int>(row.dtype)];
+const DTypeKernels& kernels_for(const Kernels& kernels, const Row& row) {
+  return kernels.of[static_cast<int>(row.dtype)];
 }
 
 template <class Pointer>
@@ -79,10 +79,6 @@ Pointer offset(Pointer base, const Row& row, int64_t elements) {
   using Byte =
       std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
   return static_cast<Byte*>(base) + elements * item_size(row.dtype);
-}
-
-const AnchoredKernels& anchored_kernels_for(const Kernels& kernels, const Row& row) {
-  return kernels.anchored[static_cast<int>(row.dtype)];
 }
 
 // Below this many elements a team costs more than it saves. Results do not depend on it.
@@ -182,11 +178,12 @@ void value(const Table& table, const void* const* w, const double* strengths, do
     const int64_t n = span.end - span.begin;
     const double* c = strengths + row.rule * kMaxStrengths;
     double* into = partials + segment * kMaxSums;
+    const DTypeKernels& k = kernels_for(kernels, row);
+    const int penalty = penalty_of(table, row);
     if (anchors != nullptr)
-      anchored_kernels_for(kernels, row)
-          .value(penalty_of(table, row), from, anchors[span.row], span.begin, n, c, into);
+      k.anchored_value(penalty, from, anchors[span.row], span.begin, n, c, into);
     else
-      kernels_for(kernels, table, row).value(from, n, c, into);
+      k.value(penalty, from, n, c, into);
   });
   combine_by_rule(table, partials, sums);
 }
@@ -200,12 +197,12 @@ void gradient(const Table& table, const void* const* w, void* const* g, const do
     void* into = offset(g[span.row], row, span.begin);
     const int64_t n = span.end - span.begin;
     const double* c = strengths + row.rule * kMaxStrengths;
+    const DTypeKernels& k = kernels_for(kernels, row);
+    const int penalty = penalty_of(table, row);
     if (anchors != nullptr)
-      anchored_kernels_for(kernels, row)
-          .gradient(penalty_of(table, row), from, into, anchors[span.row], span.begin, n, c, scale,
-                    nullptr);
+      k.anchored_gradient(penalty, from, into, anchors[span.row], span.begin, n, c, scale, nullptr);
     else
-      kernels_for(kernels, table, row).gradient(from, into, n, c, scale);
+      k.gradient(penalty, from, into, n, c, scale);
   });
 }
 
@@ -214,8 +211,7 @@ void accumulate(const Table& table, const void* const* w, void* const* g, const 
   const Kernels& kernels = *chosen().load()->kernels;
   double* partials = scratch<double>(table.segments() * kMaxSums);
   for_each_segment(table, threads, [&](int64_t segment, const Row& row, const Span& span) {
-    const PenaltyKernels& k = kernels_for(kernels, table, row);
-    const AnchoredKernels& anchored = anchored_kernels_for(kernels, row);
+    const DTypeKernels& k = kernels_for(kernels, row);
     const int penalty = penalty_of(table, row);
     const void* from = offset(w[span.row], row, span.begin);
     void* add_to = g[span.row];
@@ -224,13 +220,13 @@ void accumulate(const Table& table, const void* const* w, void* const* g, const 
     const double* c = strengths + row.rule * kMaxStrengths;
     double* into = partials + segment * kMaxSums;
     if (anchors == nullptr && add_to == nullptr)
-      k.value(from, n, c, into);
+      k.value(penalty, from, n, c, into);
     else if (anchors == nullptr)
-      k.accumulate(from, add_to, n, c, scale, into);
+      k.accumulate(penalty, from, add_to, n, c, scale, into);
     else if (add_to == nullptr)
-      anchored.value(penalty, from, anchors[span.row], span.begin, n, c, into);
+      k.anchored_value(penalty, from, anchors[span.row], span.begin, n, c, into);
     else
-      anchored.gradient(penalty, from, add_to, anchors[span.row], span.begin, n, c, scale, into);
+      k.anchored_gradient(penalty, from, add_to, anchors[span.row], span.begin, n, c, scale, into);
   });
   combine_by_rule(table, partials, sums);
 }
@@ -245,11 +241,12 @@ void prox(const Table& table, void* const* w, const double* strengths, double st
     void* at = offset(w[span.row], row, span.begin);
     const int64_t n = span.end - span.begin;
     const double* c = strengths + row.rule * kMaxStrengths;
+    const DTypeKernels& k = kernels_for(kernels, row);
+    const int penalty = penalty_of(table, row);
     if (anchors != nullptr)
-      anchored_kernels_for(kernels, row)
-          .prox(penalty_of(table, row), at, anchors[span.row], span.begin, n, c, metric, nullptr);
+      k.anchored_prox(penalty, at, anchors[span.row], span.begin, n, c, metric, nullptr);
     else
-      kernels_for(kernels, table, row).prox(at, n, c, step);
+      k.prox(penalty, at, n, c, step);
   });
 }
 
@@ -267,12 +264,12 @@ void prox_in_metric(const Table& table, void* const* w, const Metric* metrics,
     if (metric.moment != nullptr)
       metric.moment = static_cast<const char*>(metric.moment) +
                       span.begin * (metric.float32 ? sizeof(float) : item_size(row.dtype));
+    const DTypeKernels& k = kernels_for(kernels, row);
+    const int penalty = penalty_of(table, row);
     if (anchors != nullptr)
-      anchored_kernels_for(kernels, row)
-          .prox(penalty_of(table, row), at, anchors[span.row], span.begin, n, c, metric, into);
+      k.anchored_prox(penalty, at, anchors[span.row], span.begin, n, c, metric, into);
     else
-      kernels_for(kernels, table, row)
-          .prox_in_metric[metric.float32](at, metric.moment, n, c, metric, into);
+      k.prox_in_metric[metric.float32](penalty, at, metric.moment, n, c, metric, into);
   });
   combine_by_rule(table, partials, sums);
 }
@@ -305,8 +302,8 @@ int64_t step(const Table& table, void* const* w, const void* const* g, const Upd
     const int own = static_cast<int>(row.dtype), penalty = penalty_of(table, row);
     const int dtype = wide ? static_cast<int>(DType::kFloat32) : own;
     const bool float32 = update.float32 && !wide;  // and not what the kernels' own dtype is
-    const auto& kernel = kernels.updates[update.update][dtype].step[float32];
-    const PenaltyKernels& of_penalty = kernels.penalty[penalty][dtype];
+    const StepKernel step = kernels.step[dtype][float32];
+    const DTypeKernels& k = kernels.of[dtype];
     const size_t state_bytes = update.float32 ? sizeof(float) : item_size(row.dtype);
     const double* c = strengths + row.rule * kMaxStrengths;
     double* into = partials + segment * kMaxSums;
@@ -325,31 +322,33 @@ int64_t step(const Table& table, void* const* w, const void* const* g, const Upd
         weights = update.master == nullptr ? wide_weights : static_cast<float*>(update.master) + at;
       }
       void* states[kMaxStates];
-      for (int k = 0; k < kMaxStates; ++k)
-        states[k] = static_cast<char*>(update.states[k]) + at * state_bytes;
+      for (int s = 0; s < kMaxStates; ++s)
+        states[s] = static_cast<char*>(update.states[s]) + at * state_bytes;
       Metric metric = update.metric;
       metric.float32 = float32;
       if (metric.moment != nullptr)
         metric.moment = static_cast<const char*>(metric.moment) + at * state_bytes;
-      if (!update.penalised) {
-        kernel[0](weights, gradient, states, n, update.numbers, {});
-      } else if (penalty < kElementary) {
-        Joined joined = as_elastic_net(penalty, c);
+      Joined joined;
+      if (update.penalised && penalty < kElementary) {
         double found[2] = {};
+        joined = as_elastic_net(penalty, c);
+        joined.with = prox ? With::kProx : With::kGradient;
         joined.by = prox ? metric.numerator : scale;
         joined.sums = found;
         joined.zeros = &zero;
-        kernel[prox ? 2 : 1](weights, gradient, states, n, update.numbers, joined);
+        step(update.update, weights, gradient, states, n, update.numbers, joined);
         add_sums(penalty, found, into);
-      } else {  // its kernels come before or after: they find the chunk in the cache
+      } else if (update.penalised) {  // before or after it: they find the chunk in the cache
         if (!prox) {
           std::memcpy(with_gradient, gradient, n * item_size(static_cast<DType>(dtype)));
           gradient = with_gradient;
-          of_penalty.accumulate(weights, with_gradient, n, c, scale, into);
+          k.accumulate(penalty, weights, with_gradient, n, c, scale, into);
         }
-        kernel[0](weights, gradient, states, n, update.numbers, {});
-        if (prox) of_penalty.prox_in_metric[float32](weights, metric.moment, n, c, metric, into);
-        zero += kernels.zeros[dtype](weights, n);
+        step(update.update, weights, gradient, states, n, update.numbers, joined);
+        if (prox) k.prox_in_metric[float32](penalty, weights, metric.moment, n, c, metric, into);
+        zero += k.zeros(weights, n);
+      } else {
+        step(update.update, weights, gradient, states, n, update.numbers, joined);
       }
       if (!wide) continue;
       const float* result = static_cast<const float*>(weights);
@@ -368,8 +367,8 @@ void stats(const Table& table, const void* const* w, Stats* stats, int threads) 
   const Kernels& kernels = *chosen().load()->kernels;
   Stats* partials = scratch<Stats>(table.segments());
   for_each_segment(table, threads, [&](int64_t segment, const Row& row, const Span& span) {
-    kernels.stats[static_cast<int>(row.dtype)](offset(w[span.row], row, span.begin),
-                                               span.end - span.begin, partials + segment);
+    kernels_for(kernels, row)
+        .stats(offset(w[span.row], row, span.begin), span.end - span.begin, partials + segment);
   });
   constexpr int64_t kStatsStep = sizeof(Stats) / sizeof(double);
   for (size_t row = 0; row < table.rows().size(); ++row) {

@@ -1,111 +1,162 @@
-// The optimizers' updates, compiled once per instruction set (PYREG_ISA names the namespace).
+// The optimizers' updates, compiled once per instruction set (PYREG_ISA names the namespace). As in
+// kernels.cpp: a driver for each dtype, and the maths on a block by pointer.
 
 #include "blocks.h"
 
 namespace pyreg::cpu::PYREG_ISA {
 namespace {
 
-// What joins the update in the same loop: nothing; elastic net's gradient; its prox.
-enum class With { kNothing, kGradient, kProx };
+// Where the arithmetic is long, rows are asked for piece by piece as it goes on: a core has some 16
+// lines on their way at a time, and would wait for a whole row's before it begins to compute.
+constexpr int kPiece = 64;
+
+// At most kBlock elements and their states in the compute type: as they were, and where their new
+// values go, which may be the same place.
+template <class C>
+struct Block {
+  int n;
+  const C *w, *g, *was[kMaxStates];
+  C *to, *now[kMaxStates];
+  // Where they lie in memory, with the bytes of a piece: the block that comes next is near.
+  const char *at_w, *at_g, *at_state[kMaxStates];
+  int bytes, state_bytes;
+};
+
+// An update's numbers and the elastic net's strengths, in the compute type.
+template <class C>
+struct Constants {
+  C numbers[kNumbers], strengths[2], by;
+};
+
+// The lanes of the elastic net's two sums.
+template <class C>
+using Lanes = C[2][kBlock];
+
+// Returns how many of the new weights are 0.
+template <class U, class C, With with>
+int32_t update(const Block<C>& block, const Constants<C>& constants, Lanes<C>& lanes) {
+  const C* const c = constants.numbers;
+  const C* const strengths = constants.strengths;
+  const C *x = block.w, *y = block.g, by = constants.by;
+  C* z = block.to;
+  const C *was0 = block.was[0], *was1 = block.was[1], *was2 = block.was[2];
+  C *now0 = block.now[0], *now1 = block.now[1], *now2 = block.now[2];
+  C *first = lanes[0], *second = lanes[1];
+  int32_t zero = 0;
+  for (int piece = 0, k = 0; piece < block.n; piece += kPiece, ++k) {
+    prefetch<1>(block.at_w + k * block.bytes, block.bytes);
+    prefetch<0>(block.at_g + k * block.bytes, block.bytes);
+    for (int s = 0; s < U::kStates; ++s)
+      prefetch<1>(block.at_state[s] + k * block.state_bytes, block.state_bytes);
+    const int end = at_most(block.n, piece + kPiece);
+#pragma omp simd reduction(+ : zero)
+    for (int j = piece; j < end; ++j) {
+      C a = U::kStates > 0 ? was0[j] : C(0);
+      C b = U::kStates > 1 ? was1[j] : C(0);
+      C d = U::kStates > 2 ? was2[j] : C(0);
+      C from = x[j], gradient = y[j], q;
+      if (with == With::kGradient) {
+        first[j] = ElasticNet::add<0>(first[j], from, strengths);
+        second[j] = ElasticNet::add<1>(second[j], from, strengths);
+        gradient = gradient + by * ElasticNet::grad(from, strengths);
+      }
+      from = from * c[1];
+      const C move = U::move(from, gradient, a, b, d, q, c);
+      const C to = with == With::kProx
+                       ? moved_and_shrunk<U>(from, move, at_least(q, kSmallest<C>), by, strengths)
+                       : moved<U>(from, move, q);
+      if (with == With::kProx) {
+        first[j] = ElasticNet::add<0>(first[j], to, strengths);
+        second[j] = ElasticNet::add<1>(second[j], to, strengths);
+      }
+      if (with != With::kNothing) zero += to == C(0);
+      z[j] = to;
+      if (U::kStates > 0) now0[j] = a;
+      if (U::kStates > 1) now1[j] = b;
+      if (U::kStates > 2) now2[j] = d;
+    }
+  }
+  return zero;
+}
+
+template <class C>
+struct Maths {
+  int states;
+  int32_t (*update[3])(const Block<C>& block, const Constants<C>& constants, Lanes<C>& lanes);
+};
+#define PYREG_MATHS(U) \
+  {U::kStates,         \
+   {update<U, C, With::kNothing>, update<U, C, With::kGradient>, update<U, C, With::kProx>}},
+template <class C>
+const Maths<C> maths[kUpdates] = {PYREG_UPDATES(PYREG_MATHS)};
+#undef PYREG_MATHS
 
 // S: the states' dtype.
-template <class U, class T, class S, With kWith>
-void update(void* w_, const void* g_, void* const* states, int64_t n, const double* numbers,
-            const Joined& joined) {
+template <class T, class S>
+void step(int update, void* w_, const void* g_, void* const* states, int64_t n,
+          const double* numbers, const Joined& joined) {
   using C = typename Element<T>::Compute;
-  using D = typename Element<S>::Compute;
   constexpr bool kExact = std::is_same_v<T, C>;
   T* w = static_cast<T*>(w_);
   const T* g = static_cast<const T*>(g_);
-  S* s[kMaxStates] = {};
-  for (int k = 0; k < U::kStates; ++k) s[k] = static_cast<S*>(states[k]);
-  C c[kNumbers];
-  for (int k = 0; k < kNumbers; ++k) c[k] = static_cast<C>(numbers[k]);
-  const C strengths[2] = {static_cast<C>(joined.l1), static_cast<C>(joined.l2)};
-  const C by = static_cast<C>(joined.by);
-  C w_buffer[kLanes], g_buffer[kLanes], result[kLanes];
-  D s_buffer[kMaxStates][kLanes], s_result[kMaxStates][kLanes];
-  C first[kLanes] = {}, second[kLanes] = {};
+  const Maths<C>& of = maths<C>[update];
+  const auto maths_of_block = of.update[static_cast<int>(joined.with)];
+  Constants<C> c;
+  for (int k = 0; k < kNumbers; ++k) c.numbers[k] = static_cast<C>(numbers[k]);
+  c.strengths[0] = static_cast<C>(joined.l1), c.strengths[1] = static_cast<C>(joined.l2);
+  c.by = static_cast<C>(joined.by);
+  C w_buffer[kBlock], g_buffer[kBlock], result[kBlock];
+  C was[kMaxStates][kBlock], now[kMaxStates][kBlock];
+  Lanes<C> lanes = {}, unused;  // of the weights as they are stored
+  Lanes<C>& found = kExact || joined.with == With::kGradient ? lanes : unused;
   int64_t zeros = 0;
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const int m = at_most(n - i, kLanes);
-    const C* x = widen(static_cast<const T*>(w + i), m, w_buffer);
-    const C* y = widen(g + i, m, g_buffer);
-    C* z = target(w + i, result);
-    const D* old[kMaxStates] = {s_buffer[0], s_buffer[1], s_buffer[2]};
-    D* now[kMaxStates] = {s_result[0], s_result[1], s_result[2]};
-    for (int k = 0; k < U::kStates; ++k) {
-      old[k] = widen(static_cast<const S*>(s[k] + i), m, s_buffer[k]);
-      now[k] = target(s[k] + i, s_result[k]);
+  Block<C> block;
+  block.bytes = kPiece * sizeof(T), block.state_bytes = kPiece * sizeof(S);
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const int m = block.n = at_most(n - i, kBlock);
+    block.w = widen(static_cast<const T*>(w + i), m, w_buffer);
+    block.g = widen(g + i, m, g_buffer);
+    block.to = target(w + i, result);
+    block.at_w = reinterpret_cast<const char*>(w + i);
+    block.at_g = reinterpret_cast<const char*>(g + i);
+    for (int k = 0; k < of.states; ++k) {
+      S* s = static_cast<S*>(states[k]) + i;
+      block.was[k] = widen_to(static_cast<const S*>(s), m, was[k]);
+      block.now[k] = target_of(s, now[k]);
+      block.at_state[k] = reinterpret_cast<const char*>(s);
     }
-    const D *old0 = old[0], *old1 = old[1], *old2 = old[2];
-    D *now0 = now[0], *now1 = now[1], *now2 = now[2];
-    int32_t zero = 0;
-    for (int piece = 0; piece < m; piece += kPiece) {
-      prefetch<1, kPiece>(w + i + piece);
-      prefetch<0, kPiece>(g + i + piece);
-      for (int k = 0; k < U::kStates; ++k) prefetch<1, kPiece>(s[k] + i + piece);
-      const int end = at_most(m, piece + kPiece);
-#pragma omp simd reduction(+ : zero)
-      for (int j = piece; j < end; ++j) {
-        C a = U::kStates > 0 ? static_cast<C>(old0[j]) : C(0);
-        C b = U::kStates > 1 ? static_cast<C>(old1[j]) : C(0);
-        C d = U::kStates > 2 ? static_cast<C>(old2[j]) : C(0);
-        C from = x[j], gradient = y[j], q;
-        if (kWith == With::kGradient) {
-          first[j] = ElasticNet::add<0>(first[j], from, strengths);
-          second[j] = ElasticNet::add<1>(second[j], from, strengths);
-          gradient = gradient + by * ElasticNet::grad(from, strengths);
-        }
-        from = from * c[1];
-        const C move = U::move(from, gradient, a, b, d, q, c);
-        const C to = kWith == With::kProx
-                         ? moved_and_shrunk<U>(from, move, at_least(q, kSmallest<C>), by, strengths)
-                         : moved<U>(from, move, q);
-        if (kWith == With::kProx && kExact) {
-          first[j] = ElasticNet::add<0>(first[j], to, strengths);
-          second[j] = ElasticNet::add<1>(second[j], to, strengths);
-        }
-        if (kWith != With::kNothing && kExact) zero += to == C(0);
-        z[j] = to;
-        if (U::kStates > 0) now0[j] = static_cast<D>(a);
-        if (U::kStates > 1) now1[j] = static_cast<D>(b);
-        if (U::kStates > 2) now2[j] = static_cast<D>(d);
-      }
+    const int32_t zero = maths_of_block(block, c, found);
+    narrow(block.to, m, w + i);
+    for (int k = 0; k < of.states; ++k)
+      narrow_from(block.now[k], m, static_cast<S*>(states[k]) + i);
+    if (joined.with == With::kNothing) continue;
+    if (kExact) {
+      zeros += zero;
+      continue;
     }
-    narrow(z, m, w + i);
-    if (kWith != With::kNothing && !kExact) {  // the rounded weights count
-      const C* stored = widen(static_cast<const T*>(w + i), m, w_buffer);
-#pragma omp simd reduction(+ : zero)
-      for (int j = 0; j < m; ++j) {
-        zero += stored[j] == C(0);
-        if (kWith == With::kGradient) continue;
-        first[j] = ElasticNet::add<0>(first[j], stored[j], strengths);
-        second[j] = ElasticNet::add<1>(second[j], stored[j], strengths);
-      }
+    const C* stored = widen(static_cast<const T*>(w + i), m, w_buffer);
+    int32_t zero_stored = 0;
+#pragma omp simd reduction(+ : zero_stored)
+    for (int j = 0; j < m; ++j) zero_stored += stored[j] == C(0);
+    zeros += zero_stored;
+    if (joined.with == With::kGradient) continue;
+#pragma omp simd
+    for (int j = 0; j < m; ++j) {
+      lanes[0][j] = ElasticNet::add<0>(lanes[0][j], stored[j], c.strengths);
+      lanes[1][j] = ElasticNet::add<1>(lanes[1][j], stored[j], c.strengths);
     }
-    for (int k = 0; k < U::kStates; ++k) narrow(now[k], m, s[k] + i);
-    zeros += zero;
   }
-  if (kWith == With::kNothing) return;
-  joined.sums[0] += reduce(first, kLanes);
-  joined.sums[1] += reduce(second, kLanes);
+  if (joined.with == With::kNothing) return;
+  for (int k = 0; k < 2; ++k) joined.sums[k] += reduce(lanes[k], kBlock);
   *joined.zeros += zeros;
-}
-
-template <class U, class T>
-constexpr UpdateKernels of() {
-  return {{{update<U, T, T, With::kNothing>, update<U, T, T, With::kGradient>,
-            update<U, T, T, With::kProx>},
-           {update<U, T, float, With::kNothing>, update<U, T, float, With::kGradient>,
-            update<U, T, float, With::kProx>}}};
 }
 
 }  // namespace
 
-extern const UpdateKernels updates[kUpdates][kDTypes];
-#define PYREG_ROW(U) {of<U, float>(), of<U, double>(), of<U, BFloat16>(), of<U, Float16>()},
-const UpdateKernels updates[kUpdates][kDTypes] = {PYREG_UPDATES(PYREG_ROW)};
-#undef PYREG_ROW
+extern const StepKernel steps[kDTypes][2];
+const StepKernel steps[kDTypes][2] = {{step<float, float>, step<float, float>},
+                                      {step<double, double>, step<double, float>},
+                                      {step<BFloat16, BFloat16>, step<BFloat16, float>},
+                                      {step<Float16, Float16>, step<Float16, float>}};
 
 }  // namespace pyreg::cpu::PYREG_ISA
