@@ -10,10 +10,12 @@
 //   grad        its gradient at one element (sign(0) = 0, NaN stays NaN)
 //   prox        argmin_u step * Omega(u) + (u - w)^2 / 2 for one element
 //   prox_ratio  the same at step p / q, 0 <= p < infinity and 0 < q <= infinity, in one division
-//   that
-//               depends on q where there is such a form: divisions are what it costs. Selects come
-//               before it, lest the compiler divide once per branch. p = 0 or q infinite moves
+//               that depends on q where there is such a form: divisions are what it costs. Selects
+//               come before it, lest the compiler divide once per branch. p = 0 or q infinite moves
 //               nothing
+// and where it is not convex, but a prox at a short step is one of a convex objective,
+//   prox_if_short  the same bits as prox_ratio from less work, where is_short(p, q) is true, which
+//                  it is of every larger q as well
 // C is the compute type: float, or double for float64 parameters. Strengths are rounded to it.
 //
 // x - x is +0, or NaN for what is not finite. All but L2 and ElasticNet leave mul_add alone, and so
@@ -395,6 +397,15 @@ struct MCP {
     const C top = rest > C(0) ? p * at_least(left, C(0)) : hard, bottom = rest > C(0) ? rest : q;
     return soft_threshold(w, top / bottom);
   }
+  template <class C>
+  PYREG_FN static bool is_short(C p, C q, const C* c) {
+    return c[1] * q - p > C(0);
+  }
+  template <class C>
+  PYREG_FN static C prox_if_short(C w, C p, C q, const C* c) {
+    const C left = c[1] * c[0] - absolute(w), rest = c[1] * q - p;
+    return soft_threshold(w, p * at_least(left, C(0)) / rest);
+  }
 };
 
 // sum of lam |w| up to |w| = lam, (2 a lam |w| - w^2 - lam^2) / (2 (a - 1)) up to a lam, then
@@ -434,6 +445,17 @@ struct SCAD {
     const C over = p < sum * q ? (times * x - from) * q - t : y * q * y - C(1);
     const C top = rest > C(0) ? p * left : C(0), bottom = rest > C(0) ? rest : q;
     return soft_threshold(w, (over > C(0) ? top : t) / (over > C(0) ? bottom : q));
+  }
+  template <class C>
+  PYREG_FN static bool is_short(C p, C q, const C* c) {
+    return (c[1] - C(1)) * q - p > C(0);
+  }
+  template <class C>
+  PYREG_FN static C prox_if_short(C w, C p, C q, const C* c) {
+    const C lam = c[0], x = absolute(w), t = p * lam;
+    const C rest = (c[1] - C(1)) * q - p, left = at_least(c[1] * lam - x, C(0));
+    const bool over = (x - lam) * q - t > C(0);
+    return soft_threshold(w, (over ? p * left : t) / (over ? rest : q));
   }
 };
 

@@ -32,6 +32,7 @@ from torch import Tensor
 
 import pyreg
 from pyreg import pack
+from pyreg.metric import Metric
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -150,6 +151,37 @@ def test_penalties_without_a_fused_product_give_the_same_bits_everywhere(native)
             results += sweeps.tensors
             first = first or results
             assert all(oracle.same(a, b) for a, b in zip(first, results, strict=True)), penalty
+
+
+@DTYPE
+@pytest.mark.parametrize("instruction_set", ["x86-64-v4", "x86-64-v3", "baseline"])
+@pytest.mark.parametrize("penalty", [pyreg.MCP(0.5, 3.0), pyreg.SCAD(0.5, 3.7)], ids=repr)
+def test_a_block_of_short_steps_gives_the_bits_of_any_other(
+    native, instruction_set, penalty, dtype
+):
+    """One element whose step is long, at a block's end, takes away the shortcut for the others."""
+    use_or_skip(native, instruction_set)
+    n = 256
+    generator = torch.Generator().manual_seed(3)
+    w = torch.empty(n, dtype=torch.float64).uniform_(-3, 3, generator=generator).to(dtype)
+    w[-1] = 1.25
+    w[:7] = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 0.5, -1.5], dtype=dtype)
+    moment = torch.empty(n, dtype=torch.float64).uniform_(0.3, 9, generator=generator).to(dtype)
+    moment[7:9] = torch.tensor([math.inf, math.nan], dtype=dtype)
+    steps = 0.8 / moment.double().sqrt()
+    assert steps[steps.isfinite()].max() < 2  # short: below gamma, and a - 1
+    results = []
+    for last in (moment[-1].item(), 1e-3):
+        moment[-1] = last
+        x = w.clone()
+        Sweeps([x], [penalty]).prox_in_metric([Metric(moment, 0.8, 1.0, 0.0)])
+        results.append(x)
+    short, beside_a_long_one = (x[:-1] for x in results)
+    torch.testing.assert_close(short, beside_a_long_one, rtol=0, atol=0, equal_nan=True)
+    steps[-1] = 0.8 / math.sqrt(1e-3)
+    expected = penalty.prox(w.double()[9:], steps[9:])
+    torch.testing.assert_close(results[1][9:].double(), expected, rtol=1e-2, atol=1e-2)
+    assert (short[9:] != w[9:-1]).double().mean() > 0.2
 
 
 def test_unknown_instruction_set(native):

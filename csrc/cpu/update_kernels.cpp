@@ -34,7 +34,8 @@ using Lanes = C[2][kBlock];
 
 // Returns how many of the new weights are 0.
 template <class U, class C, With with>
-int32_t update(const Block<C>& block, const Constants<C>& constants, Lanes<C>& lanes) {
+int32_t update(const Block<C>& block, const Constants<C>& given, Lanes<C>& lanes) {
+  const Constants<C> constants = given;  // what is behind a pointer might change with every element
   const C* const c = constants.numbers;
   const C* const strengths = constants.strengths;
   const C *x = block.w, *y = block.g, by = constants.by;
