@@ -121,7 +121,7 @@ def _trying(step: Callable[[], object]) -> Callable[[], object]:
     def run() -> object:
         try:
             return step()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise RuntimeError(f"step: it raised {type(error).__name__}: {error}") from error
 
     return run

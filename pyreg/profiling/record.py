@@ -71,6 +71,11 @@ OPTIONAL: dict[str, Callable[[Row], str | None]] = {
 }
 
 
+def wrong_of_ours(rows: Sequence[Row]) -> list[Row]:
+    """Those of pyreg's own ways whose result is not the penalty's."""
+    return [row for row in rows if row.wrong and row.way.startswith("pyreg")]
+
+
 def columns_of(rows: Sequence[Row]) -> list[str]:
     """HEAD, and what else one of the rows has."""
     return [*HEAD, *(name for name, cell in OPTIONAL.items() if any(cell(row) for row in rows))]
