@@ -55,6 +55,10 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         help=f"of: {', '.join(ways)}",
     )  # fmt: skip
     parser.add_argument("--seconds", type=float, default=3.0, help="at most, for each way")
+    parser.add_argument(
+        "--counters", action="store_true",
+        help="on a GPU, count the bytes that its memory moves; that may need rights",
+    )  # fmt: skip
     for kind, what in {
         "json": "what was measured",
         "html": "a report in one file, with plots",
@@ -98,7 +102,7 @@ def _run(options: argparse.Namespace) -> int:
         try:
             result = profile(
                 target.model, penalty, target.step, device, options.ways,
-                seconds=options.seconds, tell=tell, trace=options.trace,
+                seconds=options.seconds, tell=tell, trace=options.trace, counters=options.counters,
             )  # fmt: skip
         except Interrupted as stopped:
             result, status = stopped.measured, STOPPED

@@ -21,10 +21,11 @@ svg { width: 100%; min-width: 45rem; height: auto; } footer { color: #6b7689; ma
 """
 _MEANING = (
     "ms: the median of one run, with 10 and 90 %. N moved: the traffic that the way should take, N "
-    "being the bytes of the parameters. of limit: the time of the torch operation that moves as "
-    "many bytes as the job needs at least, on the same memory, over the way's. adds ms: what a "
-    "training step takes longer by it; for AdamW, longer than torch's fused one without a penalty. "
-    "extra MB: the peak of one run beyond parameters, gradients and an optimizer's states."
+    "being the bytes of the parameters. N counted: that by the GPU's own counters. of limit: the "
+    "time of the torch operation that moves as many bytes as the job needs at least, on the same "
+    "memory, over the way's. adds ms: what a training step takes longer by it; for AdamW, longer "
+    "than torch's fused one without a penalty. extra MB: the peak of one run beyond parameters, "
+    "gradients and an optimizer's states."
 )
 
 
