@@ -153,24 +153,24 @@ def _lines(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
-def _rows(name: str) -> list[Line]:
+def csv_rows(name: str) -> list[Line]:
     with (RESULTS / f"{name}.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
 
 def _sweeps() -> list[Line]:
-    return [r for r in _rows("penalties") if r["sweep"] != "dst.add_(src)"]
+    return [r for r in csv_rows("penalties") if r["sweep"] != "dst.add_(src)"]
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
     "table": lambda: table(load(RESULTS / "cpu.json")),
     "fresh": lambda: fresh(load(RESULTS / "cpu.json")),
-    "optimizers": lambda: optimizers(_rows("optim")),
+    "optimizers": lambda: optimizers(csv_rows("optim")),
     "targets": lambda: targets(json.loads((RESULTS / "cpu.json").read_text())),
-    "steps": lambda: multiples(_rows("optim"), "way", "workload"),
+    "steps": lambda: multiples(csv_rows("optim"), "way", "workload"),
     "penalties": lambda: multiples(_sweeps(), "penalty", "sweep"),
-    "peers": lambda: peers(_rows("peers")),
-    "overhead": lambda: overhead(_rows("overhead")),
+    "peers": lambda: peers(csv_rows("peers")),
+    "overhead": lambda: overhead(csv_rows("overhead")),
 }
 FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "bench" / "README.md")
 
