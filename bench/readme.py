@@ -1,4 +1,4 @@
-"""The figures in README.md, written from the records: `python -m bench readme`.
+"""The figures in README.md, docs/ and bench/README.md, from the records: `python -m bench readme`.
 
 A figure stands between two comments, `<!-- bench: NAME -->` and `<!-- end -->`; NAME is one of
 SECTIONS. tests/test_readme.py fails where the text between them is not what the records say.
@@ -7,10 +7,12 @@ SECTIONS. tests/test_readme.py fails where the text between them is not what the
 from __future__ import annotations
 
 import csv
+import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pyreg.profiling import Record, Row, load
 from pyreg.profiling.record import find
@@ -18,6 +20,7 @@ from pyreg.profiling.record import find
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 PENALTY = "elastic_net"
+Line = dict[str, str]  # of a CSV
 MARKED = re.compile(r"(<!-- bench: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 WAYS = {
     "loop": "the loop",
@@ -69,7 +72,7 @@ def fresh(record: Record) -> str:
     )
 
 
-def optimizers(rows: Sequence[dict[str, str]]) -> str:
+def optimizers(rows: Sequence[Line]) -> str:
     """AdamW with the penalty inside, over torch's fused one without."""
 
     def times(workload: str, way: str) -> str:
@@ -91,16 +94,85 @@ def optimizers(rows: Sequence[dict[str, str]]) -> str:
     )
 
 
-def _optim_rows() -> list[dict[str, str]]:
-    with (RESULTS / "optim.csv").open(newline="") as file:
+def targets(data: Mapping[str, Any]) -> str:
+    """Every target of the benchmark, with its verdict, and what it holds for."""
+    said = {True: "yes", False: "**no**", None: "-"}
+    where = data["environment"]
+    lines = [[t["what"], t["target"], t["figure"], said[t["passed"]]] for t in data["targets"]]
+    memory = f"{where['memory_bytes'] / 1e9:.0f} GB"
+    return "\n\n".join(
+        (
+            _lines(["", "target", "figure", "met"], lines),
+            f"{where['threads']} threads of an {where['cpu']}, {memory}, torch {where['torch']}; "
+            f"commit {where['commit'][:7]}, {where['time'][:10]}.",
+        )
+    )
+
+
+def multiples(rows: Sequence[Line], line: str, column: str) -> str:
+    """A line and a column for each value of these two; in the cells times over the limit's."""
+    known = {(r[line], r[column]): float(r["over_limit"]) for r in rows}
+    columns = list(dict.fromkeys(r[column] for r in rows))
+    lines = [
+        [name, *(f"{known[name, c]:.2f} x" if (name, c) in known else "-" for c in columns)]
+        for name in dict.fromkeys(r[line] for r in rows)
+    ]
+    return _lines([line, *columns], lines)
+
+
+def peers(rows: Sequence[Line]) -> str:
+    """Other packages' times over pyreg's, with what the check said of them."""
+    times = {(r["workload"], r["way"]): r["over_pyreg"] for r in rows}
+    lines = [
+        [r["way"], r["version"], f"{r['sweep']}, {r['penalty']}"]
+        + [f"{float(t):.3g} x" if (t := times[w, r["way"]]) else "-" for w in ("gpt2", "many")]
+        + [r["note"]]
+        for r in rows
+        if r["workload"] == "gpt2" and not r["way"].startswith("pyreg ")
+    ]
+    return _lines(["", "version", "at", "GPT-2", "2,000 x 1,000", "the check said"], lines)
+
+
+def overhead(rows: Sequence[Line]) -> str:
+    """The shares of measuring, for each workload: the largest of its ways."""
+    lines = []
+    for workload in dict.fromkeys(r["workload"] for r in rows):
+        own = [r for r in rows if r["workload"] == workload]
+        ms = sorted(1e3 * float(r["seconds"]) for r in own)
+        inside, between = (
+            100 * max(float(r[share]) for r in own) for share in ("in_a_sample", "between_samples")
+        )
+        lines.append(
+            [workload, f"{ms[0]:.2g} to {ms[-1]:.2g}", f"{inside:.4f} %", f"{between:.2f} %"]
+        )
+    return _lines(["workload", "runs, ms", "in a sample, at most", "between samples"], lines)
+
+
+def _lines(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def csv_rows(name: str) -> list[Line]:
+    with (RESULTS / f"{name}.csv").open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def _sweeps() -> list[Line]:
+    return [r for r in csv_rows("penalties") if r["sweep"] != "dst.add_(src)"]
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
     "table": lambda: table(load(RESULTS / "cpu.json")),
     "fresh": lambda: fresh(load(RESULTS / "cpu.json")),
-    "optimizers": lambda: optimizers(_optim_rows()),
+    "optimizers": lambda: optimizers(csv_rows("optim")),
+    "targets": lambda: targets(json.loads((RESULTS / "cpu.json").read_text())),
+    "steps": lambda: multiples(csv_rows("optim"), "way", "workload"),
+    "penalties": lambda: multiples(_sweeps(), "penalty", "sweep"),
+    "peers": lambda: peers(csv_rows("peers")),
+    "overhead": lambda: overhead(csv_rows("overhead")),
 }
+FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "bench" / "README.md")
 
 
 def written(text: str) -> str:
@@ -113,7 +185,7 @@ def written(text: str) -> str:
 
 
 def main() -> int:
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    for path in FILES:
         before = path.read_text()
         after = written(before)
         if after != before:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from pyreg import text
 from pyreg.profiling import Row
-from pyreg.profiling.record import find
+from pyreg.profiling.record import find, wrong_of_ours
 
 from .builds import Comparison
 
@@ -65,12 +65,8 @@ def judge(rows: Sequence[Row], builds: Comparison | None) -> list[Verdict]:
 
 def agreement(rows: Sequence[Row]) -> Verdict:
     """Whether what pyreg's ways compute is the penalty; one that is wrong has no figures."""
-    wrong = [f"{row.workload}, {row.penalty}: {row.way}" for row in rows if _is_wrong(row)]
+    wrong = [f"{row.workload}, {row.penalty}: {row.way}" for row in wrong_of_ours(rows)]
     return Verdict("pyreg's ways that are wrong", "none", "; ".join(wrong) or "none", not wrong)
-
-
-def _is_wrong(row: Row) -> bool:
-    return row.wrong and row.way.startswith("pyreg")
 
 
 def _verdict(what: str, target: str, figure: float | None, form: str, passed: bool) -> Verdict:

@@ -207,6 +207,20 @@ def test_the_plot_has_a_bar_for_each_way(tmp_path):
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_plot_has_room_for_what_was_not_measured():
+    """And next to no memory has no bar to speak of."""
+    pytest.importorskip("matplotlib")
+    ways = ["loop", "foreach", "pyreg accumulate_", "pyreg prox_"]
+    result = pyreg.profile(model(), pyreg.L0(1e-3), ways=ways, **FEW)
+    rows = [replace(row, extra_bytes=1) for row in result.rows]
+    times, memory = replace(result, rows=tuple(rows)).plot().axes
+    for axes in (times, memory):
+        assert axes.get_ylim() == (3.5, -0.5)
+    notes = [text for text in times.texts if "L0 has no gradient" in text.get_text()]
+    assert [text.get_position()[1] for text in notes] == [0, 1, 2]
+    assert memory.get_xlim()[1] > 1e-7 * result.parameter_bytes
+
+
 @pytest.mark.parametrize(
     "stop_at", ["checking pyreg value", "timing pyreg value", "memory of loop"]
 )

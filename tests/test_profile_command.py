@@ -8,6 +8,7 @@ import re
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from pyreg import cli, doctor
-from pyreg.profiling import WORKLOADS, Interrupted, files, memory, model
+from pyreg.profiling import WAYS, WORKLOADS, Interrupted, files, memory, model
 from pyreg.profiling.target import NAMES, penalty_of, target_of
 
 QUICK = ["--seconds", "0", "--ways", "loop", "pyreg accumulate_"]
@@ -44,12 +45,18 @@ def elsewhere():
     return lazy()
 
 def fails(): raise OSError("no data here")
+def exits(): raise SystemExit
 def empty(): return nn.ReLU()
 def number(): return 3
 
 def bad_step():
     net = nn.Linear(4, 3)
     def step(): net(torch.ones(2, 5))
+    return net, step
+
+def exiting_step():
+    net = nn.Linear(4, 3)
+    def step(): raise SystemExit(0)
     return net, step
 
 class Inner:
@@ -63,6 +70,7 @@ def factories(tmp_path, monkeypatch):
     name = f"factories_{tmp_path.name.replace('-', '_')}"
     (tmp_path / f"{name}.py").write_text(FACTORIES)
     (tmp_path / "raises_on_import.py").write_text("1 / 0")
+    (tmp_path / "exits_on_import.py").write_text("import sys; sys.exit(0)")
     (tmp_path / "beside.py").write_text("from torch import nn; net = nn.Linear(4, 3)")
     (tmp_path / "beside_the_step.py").write_text("")
     monkeypatch.chdir(tmp_path)
@@ -261,11 +269,14 @@ MISTAKES = {
     "no file": (["net.safetensors"], "net.safetensors: there is no such file"),
     "no module": (["nowhere.at_all:make"], "No module named 'nowhere'"),
     "a module that fails": (["raises_on_import:make"], "importing .* raised ZeroDivisionError"),
+    "a script": (["exits_on_import:make"], "importing .* raised SystemExit: 0"),
     "no factory": (["{}:lacks"], "has no attribute 'lacks'"),
     "a factory that fails": (["{}:fails"], "{}:fails: it raised OSError: no data here"),
+    "a factory that exits": (["{}:exits"], "{}:exits: it raised SystemExit"),
     "no module made": (["{}:number"], r"expected a module, or \(.*\), got int"),
     "no parameters": (["{}:empty"], "model: it has no parameters"),
     "a step that raises": (["{}:bad_step"], "step: it raised RuntimeError: "),
+    "a step that exits": (["{}:exiting_step"], "step: it raised SystemExit: 0"),
     "a scaled model": (["{}:alone", "--scale", "0.5"], "--scale: for a workload or a file"),
     "a model's dtype": (["{}:alone", "--dtype", "float16"], "--dtype: for a workload or a file"),
     "a scale": (["tiny", "--scale", "2"], "scale: expected a number above 0 and at most 1, got 2"),
@@ -332,6 +343,24 @@ def test_without_matplotlib_html_is_refused_first(capsys, monkeypatch):
     status, out, err = run(capsys, "tiny", *QUICK, "--html", "a.html")
     assert (status, out) == (1, "")
     assert '--html needs matplotlib: pip install "pyreg[profile]"' in err
+
+
+@pytest.mark.parametrize(("way", "status"), [("pyreg accumulate_", 1), ("loop", 0)])
+def test_a_wrong_way_of_pyregs_fails_the_command(way, status, capsys, tmp_path, monkeypatch):
+    """Behind the table and the files; another's is just said."""
+    right = WAYS[way]
+
+    def wrong(parameters, penalty):
+        return right.prepare(parameters, replace(penalty, lam=2 * penalty.lam))
+
+    monkeypatch.setitem(WAYS, way, replace(right, prepare=wrong))
+    path = tmp_path / "wrong.json"
+    found, out, err = run(capsys, "tiny", *QUICK, "--json", str(path))
+    assert found == status
+    assert f"{way}: not timed: its value is off by " in out
+    assert [row["way"] for row in json.loads(path.read_text())["rows"] if row["wrong"]] == [way]
+    said = f"pyreg profile: wrong by pyreg's own check: {way}; that is a mistake of pyreg's"
+    assert err.startswith(said) if status else not err
 
 
 def test_ctrl_c_prints_and_writes_what_was_measured(capsys, tmp_path, monkeypatch):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pyreg.profiling import Record, Row, environment, load
+import pyreg
+from pyreg.profiling import WORKLOADS, Record, Row, allocate, environment, load, measure
 from pyreg.profiling.timing import Timing
 
 ROOT = Path(__file__).parents[1]
@@ -24,15 +25,14 @@ def bench(monkeypatch):
     return {"compare": compare, "readme": readme, "roofline": roofline, "scaling": scaling}
 
 
-@pytest.mark.parametrize("path", ["README.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
-def test_the_figures_are_those_of_the_records(bench, path):
-    text = (ROOT / path).read_text()
-    assert bench["readme"].written(text) == text, "run `python -m bench readme`"
-
-
-def test_the_readme_has_every_section(bench):
-    marks = re.findall(r"<!-- bench: (\w+) -->", (ROOT / "README.md").read_text())
-    assert sorted(marks) == sorted(bench["readme"].SECTIONS)
+def test_the_figures_are_those_of_the_records(bench):
+    """In every document, and no section is without a place."""
+    marks = set()
+    for path in bench["readme"].FILES:
+        text = path.read_text()
+        assert bench["readme"].written(text) == text, f"{path}: run `python -m bench readme`"
+        marks |= set(re.findall(r"<!-- bench: (\w+) -->", text))
+    assert marks == set(bench["readme"].SECTIONS)
 
 
 def test_another_record_makes_another_text(bench):
@@ -83,6 +83,24 @@ def test_two_records_are_compared(bench, tmp_path, capsys):
         ["1.05", "same"],
         ["0.50", "faster"],
     ]
+
+
+def test_a_profile_is_set_beside_the_benchmark(bench, tmp_path, capsys):
+    """Way by way: what differs by more than the spread of both is said to differ."""
+    ways, few = ["loop", "pyreg accumulate_", "pyreg prox_"], {"seconds": 0.0, "rounds": 1}
+    penalty = pyreg.ElasticNet(1e-5, 1e-4)
+    rows = measure(allocate(WORKLOADS["tiny"]), penalty, ways, **few)
+    Record(environment(), tuple(rows)).to_json(tmp_path / "bench.json")
+    pyreg.profile(WORKLOADS["tiny"], penalty, ways=ways, **few).to_json(tmp_path / "profile.json")
+    paths = [str(tmp_path / name) for name in ("bench.json", "profile.json")]
+    assert bench["compare"].main(paths) == 0
+    out = capsys.readouterr().out
+    assert all(f"tiny, float32, elastic_net, {row.way} " in out for row in rows), out
+
+
+def test_the_record_of_overhead_is_below_its_bound(bench):
+    for line in bench["readme"].csv_rows("overhead"):
+        assert max(float(line["in_a_sample"]), float(line["between_samples"])) < 0.02
 
 
 def test_a_verdict_needs_spreads_apart(bench):

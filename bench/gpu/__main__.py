@@ -203,6 +203,10 @@ def steps(check: Check, wheels: Path | None, commit: str, work: Path) -> None:
         step.result, step.reason = ("passed" if "passed" in summary else "failed"), summary
     figures = [*python, "-m", "bench.gpu.figures", "--out", str(check.out), "--seconds", "100"]
     check.run("figures", 120, [*figures, "--commit", commit, *dry])
+    counted = [*python, "-m", "pyreg", "profile", "tiny" if check.dry else "gpt2", "--counters"]
+    ways = ["--ways", "loop", "foreach", "pyreg in the loss", "pyreg accumulate_", "pyreg prox_"]
+    json_file = ["--json", str(check.out / "counters.json")]
+    check.run("counters", 40, [*counted, "--seconds", "0.2", *ways, *json_file])
     for tool in ("memcheck", "racecheck", "initcheck"):
         sanitize(check, tool, python)
 

@@ -16,14 +16,14 @@ import torch
 from .measure import Tell
 from .memory import TooLarge
 from .model import DEFAULT, profile
-from .record import check_writable
+from .record import check_writable, wrong_of_ours
 from .result import Profile
 from .target import NAMES, Target, penalty_of, target_of
 from .timing import Interrupted
 from .ways import LIMITS, WAYS
 from .workloads import WORKLOADS, Workload
 
-STOPPED = 130  # as shells have it
+STOPPED, FAILED = 130, 1  # exit status; the former as shells have it
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -55,6 +55,10 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         help=f"of: {', '.join(ways)}",
     )  # fmt: skip
     parser.add_argument("--seconds", type=float, default=3.0, help="at most, for each way")
+    parser.add_argument(
+        "--counters", action="store_true",
+        help="on a GPU, count the bytes that its memory moves; that may need rights",
+    )  # fmt: skip
     for kind, what in {
         "json": "what was measured",
         "html": "a report in one file, with plots",
@@ -64,13 +68,16 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, print, write; returns the exit status. A mistake of the user is one sentence."""
+    """Measure, print, write; returns the exit status. A mistake of the user is one sentence.
+
+    A way of pyreg's own whose result is wrong fails the command; another package's is just said.
+    """
     threads, path = torch.get_num_threads(), sys.path.copy()
     try:
         return _run(options)
     except (OSError, TypeError, ValueError, MemoryError, RuntimeError) as error:
         print(f"pyreg profile: {error}", file=sys.stderr)
-        return 1
+        return FAILED
     except KeyboardInterrupt:
         print("pyreg profile: stopped before anything was measured", file=sys.stderr)
         return STOPPED
@@ -95,7 +102,7 @@ def _run(options: argparse.Namespace) -> int:
         try:
             result = profile(
                 target.model, penalty, target.step, device, options.ways,
-                seconds=options.seconds, tell=tell, trace=options.trace,
+                seconds=options.seconds, tell=tell, trace=options.trace, counters=options.counters,
             )  # fmt: skip
         except Interrupted as stopped:
             result, status = stopped.measured, STOPPED
@@ -106,6 +113,11 @@ def _run(options: argparse.Namespace) -> int:
             raise MemoryError(f"{error}; try --scale {_rounded_down(fits)}") from error
     print(result.table())
     _write(result, options)
+    if wrong := wrong_of_ours(result.rows):
+        names = ", ".join(row.way for row in wrong)
+        said = f"wrong by pyreg's own check: {names}; that is a mistake of pyreg's, not of yours"
+        print(f"pyreg profile: {said}", file=sys.stderr)
+        return FAILED
     return status
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..penalties import Penalty
 from ..reference import FORMULAS
 from .check import Disagreement, Expected, check
+from .counters import bytes_moved
 from .kernels import kernels, trace_of
 from .memory import peak_extra_bytes
 from .parameters import Parameters
@@ -35,12 +36,12 @@ def measure(
     backends: Sequence[str] = (),
     step: Callable[[], object] | None = None,
     trace: Path | None = None,
+    counters: bool = False,
 ) -> list[Row]:
     """A row per way, and one per limit of the machine on the same memory.
 
     Args:
-        parameters: with gradients that exist; both come back as they were, apart from gradients,
-            which end as zeros.
+        parameters: with gradients that exist; both are changed.
         penalty: what every way computes.
         ways: names in WAYS; the limits are always measured.
         rounds, seconds, fewest: see `by_turns`.
@@ -48,6 +49,7 @@ def measure(
         backends: measure pyreg's ways on each of these; by default on the one that serves.
         step: a training step without a penalty, to be measured beside them.
         trace: where to write a Chrome trace of one run of each.
+        counters: count the bytes that a GPU's memory moves, in one more run of each, the last.
 
     Raises:
         Interrupted: Ctrl-C; with the rows as far as they were measured.
@@ -64,6 +66,8 @@ def measure(
         if trace is not None:
             tell("trace", 1.0)
             trace_of(runs, trace, parameters.device)
+        if counters:
+            _count_all(runs, parameters, rows, tell)
     except KeyboardInterrupt:
         raise Interrupted(list(rows.values())) from None
     tell("done", 1.0)
@@ -206,17 +210,22 @@ def _timed(
     row = replace(
         row, seconds=timing.median, p10=timing.p10, p90=timing.p90, samples=timing.samples
     )
-    # A limit moves the padding between tensors too, if there is any.
-    padded = sum(flat.weights.nbytes for flat in parameters.flats)
-    moved = padded if row.job == "limit" else parameters.workload.bytes
     if row.traffic is not None:
-        row = replace(row, gb_per_s=row.traffic * moved / timing.median / 1e9)
+        moved = row.traffic * _bytes(row, parameters)
+        row = replace(row, gb_per_s=moved / timing.median / 1e9)
     least, limit = _LEAST.get(way.limit_of or row.job, (0, ""))
     if way.limit_of:
         least = way.traffic
     if limit in fastest:
         row = replace(row, of_limit=least * fastest[limit] / timing.median)
     return row
+
+
+def _bytes(row: Row, parameters: Parameters) -> int:
+    """N; a limit moves the padding between tensors too, if there is any."""
+    if row.job == "limit":
+        return sum(flat.weights.nbytes for flat in parameters.flats)
+    return parameters.workload.bytes
 
 
 def _look_at_all(
@@ -234,3 +243,19 @@ def _look_at_all(
             if name.startswith("pyreg") or len(parameters.tensors) <= MOST_PROFILED:
                 row = replace(row, kernels=len(kernels(run)))
         rows[name] = row
+
+
+def _count_all(
+    runs: dict[str, Run], parameters: Parameters, rows: dict[str, Row], tell: Tell
+) -> None:
+    """Bytes by the counters, until they refuse: that row says why."""
+    for name, run in runs.items():
+        row = rows[name]
+        tell(f"counting bytes of {name}", 1.0)
+        try:
+            moved = bytes_moved(run, parameters.device)
+        except RuntimeError as error:  # refused; or the run fails under the counters
+            why = f"from here on no bytes were counted: {error}"
+            rows[name] = replace(row, note="; ".join(filter(None, (row.note, why))))
+            return
+        rows[name] = replace(row, counted=moved / _bytes(row, parameters))

@@ -46,6 +46,7 @@ def profile(
     rounds: int = 15,
     tell: Tell = lambda what, share: None,
     trace: Path | str | None = None,
+    counters: bool = False,
 ) -> Profile:
     """What each way to put a penalty into this model's training costs here.
 
@@ -70,6 +71,8 @@ def profile(
         seconds, rounds: at most so long, and so often, for each way.
         tell: is told what goes on and the share done.
         trace: where to write a Chrome trace of one run of each way.
+        counters: on a GPU, count the bytes that its memory moves in one more run of each way, by
+            CUPTI; where that cannot be, a note says why. (No GPU has run this yet.)
 
     Raises:
         TypeError, ValueError: what cannot be profiled, by name; nothing has run then.
@@ -108,7 +111,7 @@ def profile(
         )
         inputs.check_finite(parameters)
         result = Profile(environment(), (), repr(penalty), workload.bytes, needed)
-        options = {"rounds": rounds, "seconds": seconds, "tell": tell}
+        options = {"rounds": rounds, "seconds": seconds, "tell": tell, "counters": counters}
         try:
             rows = measure(parameters, penalty, chosen, step=step, trace=trace, **options)
         except Interrupted as stopped:
@@ -121,7 +124,7 @@ def _trying(step: Callable[[], object]) -> Callable[[], object]:
     def run() -> object:
         try:
             return step()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise RuntimeError(f"step: it raised {type(error).__name__}: {error}") from error
 
     return run

@@ -66,7 +66,7 @@ def bars(axes: Any, rows: Sequence[Row], labels: Mapping[str, str]) -> None:
                 va="center", fontsize=8, color=INK,
             )  # fmt: skip
     axes.set_yticks(range(len(ways)), ways)
-    axes.invert_yaxis()
+    axes.set_ylim(len(ways) - 0.5, -0.5)  # those without a bar too
     axes.set_xlabel("milliseconds (log scale), median, 10-90 %")
     style(axes)
 
@@ -83,7 +83,7 @@ def profile_figure(profile: Profile) -> Any:
     if any(row.seconds is not None for row in rows):
         bars(times, rows, {rows[0].penalty: ""})
     title(times, f"{rows[0].workload}, {profile.penalty}")
-    _memory_bars(memory, rows)
+    _memory_bars(memory, rows, profile.parameter_bytes)
     title(memory, "Memory beside the model")
     environment = profile.environment
     figure.supxlabel(
@@ -95,14 +95,15 @@ def profile_figure(profile: Profile) -> Any:
     return figure
 
 
-def _memory_bars(axes: Any, rows: Sequence[Row]) -> None:
-    most = max((row.extra_bytes or 0 for row in rows), default=0) / 1e6
-    axes.set_xlim(0, 1.25 * most or 1)
+def _memory_bars(axes: Any, rows: Sequence[Row], parameter_bytes: int) -> None:
+    """On an axis of a tenth of the parameters or more, so that next to nothing looks like it."""
+    most = max(0.1 * parameter_bytes, *(row.extra_bytes or 0 for row in rows)) / 1e6
+    axes.set_xlim(0, 1.25 * most)
     for y, row in enumerate(rows):
         if row.extra_bytes is not None:
             axes.barh(y, row.extra_bytes / 1e6, 0.74, color=_colour(row, 0))
             axes.text(
-                row.extra_bytes / 1e6 + 0.02 * (most or 1), y, f"{megabytes(row.extra_bytes)} MB",
+                row.extra_bytes / 1e6 + 0.02 * most, y, f"{megabytes(row.extra_bytes)} MB",
                 va="center", fontsize=8, color=INK,
             )  # fmt: skip
     axes.tick_params(labelleft=False)

@@ -36,6 +36,7 @@ class Row:
     element_error: float | None = None  # of gradient or prox, relative to its largest element
     host_seconds: float | None = None  # on a GPU: until the call returns, the device being idle
     kernels: int | None = None  # on a GPU: launched by one run, copies and fills among them
+    counted: float | None = None  # on a GPU: traffic by the memory's counters, in N
     first_seconds: float | None = None  # the first run, with whatever it builds or compiles
     adds: float | None = None  # seconds that a training step takes longer by this way
     share: float | None = None  # of such a step, in 0..1, where a step was measured too
@@ -68,7 +69,13 @@ OPTIONAL: dict[str, Callable[[Row], str | None]] = {
     "of the step": lambda row: None if row.share is None else percent(row.share),
     "host us": lambda row: None if row.host_seconds is None else f"{1e6 * row.host_seconds:.0f}",
     "launches": lambda row: None if row.kernels is None else f"{row.kernels}",
+    "N counted": lambda row: None if row.counted is None else f"{row.counted:.2f}",
 }
+
+
+def wrong_of_ours(rows: Sequence[Row]) -> list[Row]:
+    """Those of pyreg's own ways whose result is not the penalty's."""
+    return [row for row in rows if row.wrong and row.way.startswith("pyreg")]
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:

@@ -17,14 +17,15 @@ th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap; }
 th { border-bottom: 2px solid #8d99ae; } td { border-bottom: 1px solid #e3e7ee; }
 th:first-child, td:first-child { text-align: left; }
 tr.pyreg td { background: #eef5fa; } tr.limit td { color: #6b7689; }
-svg { max-width: 100%; height: auto; } footer { color: #6b7689; margin-top: 1.5rem; }
+svg { width: 100%; min-width: 45rem; height: auto; } footer { color: #6b7689; margin-top: 1.5rem; }
 """
 _MEANING = (
     "ms: the median of one run, with 10 and 90 %. N moved: the traffic that the way should take, N "
-    "being the bytes of the parameters. of limit: the time of the torch operation that moves as "
-    "many bytes as the job needs at least, on the same memory, over the way's. adds ms: what a "
-    "training step takes longer by it; for AdamW, longer than torch's fused one without a penalty. "
-    "extra MB: the peak of one run beyond parameters, gradients and an optimizer's states."
+    "being the bytes of the parameters. N counted: that by the GPU's own counters. of limit: the "
+    "time of the torch operation that moves as many bytes as the job needs at least, on the same "
+    "memory, over the way's. adds ms: what a training step takes longer by it; for AdamW, longer "
+    "than torch's fused one without a penalty. extra MB: the peak of one run beyond parameters, "
+    "gradients and an optimizer's states."
 )
 
 
@@ -48,7 +49,7 @@ def html(profile: Profile) -> str:
             f"<title>pyreg profile: {escape(name)}</title><style>{_STYLE}</style></head><body>",
             f"<h1>{escape(name)}, {escape(profile.penalty)}</h1>",
             f'<p class="advice">{escape(profile.advice())}</p>',
-            _svg(profile),
+            f'<div class="wide">{_svg(profile)}</div>',
             f'<div class="wide"><table>{"".join(lines)}</table></div>',
             f"<ul>{''.join(notes)}</ul>" if notes else "",
             f"<p>{escape(_MEANING)}</p>",

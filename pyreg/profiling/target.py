@@ -68,7 +68,7 @@ def _made(text: str) -> Target:
         raise ValueError(f"{text}: {error}") from error
     except AttributeError as error:
         raise ValueError(f"{text}: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # (a script may exit when it is imported)
         raise ValueError(
             f"{text}: importing {module_name} raised {type(error).__name__}: {error}"
         ) from error
@@ -76,7 +76,7 @@ def _made(text: str) -> Target:
         raise ValueError(f"{text}: expected a factory, got {type(factory).__name__}")
     try:
         made = factory()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{text}: it raised {type(error).__name__}: {error}") from error
     model, step = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module) or not (step is None or callable(step)):
