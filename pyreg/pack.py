@@ -420,6 +420,11 @@ class Packs:
             self.value_dtype = torch.float64 if wide else torch.float32
         return self._packs
 
+    def part(self, rows: Sequence[int]) -> Packs:
+        """Of those tensors alone."""
+        anchors = self.anchors if self.anchors is None else [self.anchors[i] for i in rows]
+        return Packs(self.penalties, [self.rule_of[i] for i in rows], anchors)
+
     def run(
         self, sweep: Callable[[list[Pack]], Any], tensors: Sequence[Tensor], label: Label
     ) -> Any:

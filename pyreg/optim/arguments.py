@@ -35,14 +35,18 @@ class Arguments(NamedTuple):
 
 
 def arguments(
-    optimizer: Fused, found: list[Rows], steps: list[float] | Tensor, scale: float
+    optimizer: Fused,
+    param_groups: list[dict[str, Any]],
+    found: list[Rows],
+    steps: list[float] | Tensor,
+    scale: float,
 ) -> Arguments:
-    """Of one step. `steps`: the counters' numbers, one after the other; a tensor on a GPU.
+    """Of one step of these. `steps`: the counters' numbers, one after the other; a tensor on a GPU.
 
     Parameters of a group that have seen as many steps share a set of numbers. Where a counter or a
     learning rate lies on a GPU nobody waits for it: there the numbers are computed.
     """
-    groups = list(zip(optimizer.param_groups, found, strict=True))
+    groups = list(zip(param_groups, found, strict=True))
     updates = [u for group, rows in groups for u in [optimizer._update(group)] * len(rows.params)]
     states: list[list[Tensor | None]] = [[] for _ in range(max(len(r.states) for r in found))]
     for rows in found:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -23,13 +24,38 @@ from .precision import MASTER, LowPrecision, Wide, stand_ins, widen_states
 Mode = Literal["grad", "prox"]
 
 
-class Swept(NamedTuple):
-    """The parameters of a step, and where the penalty is on them."""
+class Part(NamedTuple):
+    """The parameters of a step that are on one device, and where the penalty is on them."""
 
+    rows: list[int] | None  # which of them; None: all
     packs: Packs
-    penalised: bytes  # [parameters] 1 or 0
+    penalised: bytes  # [rows] 1 or 0
+
+    def take(self, items: list[Any]) -> list[Any]:
+        return items if self.rows is None else [items[i] for i in self.rows]
+
+
+class Plan(NamedTuple):
+    parts: list[Part]
     left: list[Tensor]  # penalised, and without a gradient
     packs_left: Packs
+
+
+class Stepped(NamedTuple):
+    """What is known after a part's step."""
+
+    value: Value | None = None
+    zeros: Any = 0  # a number, or the `_Uncounted`
+    all_counted: bool = False  # whether the value has those without a gradient
+
+
+class _Uncounted(NamedTuple):
+    """Weights of which the zeros are counted when somebody asks."""
+
+    tensors: list[Tensor]
+
+    def __int__(self) -> int:
+        return sum(int((t == 0).sum()) for t in self.tensors)
 
 
 class _Inside(NamedTuple):
@@ -67,8 +93,8 @@ class Fused(LowPrecision):
     parameters, hold no square below 6e-8: the metric of a prox wants float32 ones.)
 
     The other arguments, the state and `state_dict()` are torch's; a regularizer has a state_dict of
-    its own. A step is one sweep where all parameters are dense, without anchors, and on one device:
-    the CPU, or a GPU that native CUDA or Triton serves. It then leaves `.grad` as it is, and
+    its own. A step is one sweep of each device, the CPU or a GPU that native CUDA or Triton serves,
+    where all its parameters are dense and without anchors. It then leaves `.grad` as it is, and
     `foreach` and `fused` have no meaning; `capturable` keeps the counters on the GPU, as CUDA
     graphs need. Elsewhere it is torch's own step, and the penalty's sweep beside it.
 
@@ -106,8 +132,8 @@ class Fused(LowPrecision):
             raise ValueError("differentiable=True: a step in place has no graph")
         self.regularizer: Regularizer | None = None
         self.mode = mode
-        self._swept: tuple[Any, Swept] | None = None
-        self._zeros: int | Tensor | list[Tensor] | None = None  # or of which to count them
+        self._plan: tuple[Any, Plan] | None = None
+        self._zeros: list[Any] | None = None  # each part's
         precision = {
             "state_dtype": state_dtype,
             "master_weights": master_weights,
@@ -131,17 +157,16 @@ class Fused(LowPrecision):
             self.regularizer.detach()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"regularizer": self.regularizer, "mode": self.mode, "_swept": None, "_zeros": None}
+        own = {"regularizer": self.regularizer, "mode": self.mode, "_plan": None, "_zeros": None}
         return {**super().__getstate__(), **own}
 
     @property
     def last_zeros(self) -> int | None:
         """How many penalised weights the last step left at exactly 0; None before the first."""
-        if isinstance(self._zeros, list):
-            self._zeros = sum(int((t == 0).sum()) for t in self._zeros)
-        elif isinstance(self._zeros, Tensor):
-            self._zeros = int(self._zeros)
-        return self._zeros
+        if self._zeros is not None:
+            self._zeros = [sum(map(int, self._zeros))]
+            return self._zeros[0]
+        return None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; a closure is called first, and what it returns is returned."""
@@ -168,6 +193,8 @@ class Fused(LowPrecision):
     # And what they share:
 
     def _take_step(self) -> None:
+        if "capturable" in self.param_groups[0]:  # as torch's step does
+            _CHECK_CAPTURE(self)
         if self._skipped("cpu"):
             return
         reg = self.regularizer
@@ -180,16 +207,47 @@ class Fused(LowPrecision):
         wide = self._wide()
         if any(t.grad.layout != torch.strided for t in tensors):
             self._check(tensors)
-        if not self._step_in_one_sweep(tensors, wide):
-            if self._skipped("cuda"):
-                return
-            self._step_by_torch(tensors, wide)
+        plan = self._plan_of(tensors)
+        if len(plan.parts) > 1:  # what would stop one must not stop it after another
+            self._check_before_torch(tensors)
+        done = [self._step_part(part, part.take(tensors), wide) for part in plan.parts]
+        if any(stepped is None for stepped in done):
+            return  # skipped
+        if reg is not None and done:
+            self._remember(done, plan)
         self._agree(wide)
         for group in self.param_groups:
             if group.get("stochastic_rounding"):
                 group["steps_rounded"] = group.get("steps_rounded", 0) + 1
         if reg is not None:
             reg.advance()
+
+    def _step_part(self, part: Part, tensors: list[Tensor], wide: list[Wide]) -> Stepped | None:
+        """None where a GradScaler says that the step is to be skipped."""
+        if part.rows is not None:
+            own = set(map(id, tensors))
+            wide = [row for row in wide if id(row.param) in own]
+        done = self._step_in_one_sweep(part, tensors, wide)
+        if done is None and not self._skipped("cuda"):
+            done = self._step_by_torch(part, tensors, wide)
+        return done
+
+    def _remember(self, done: list[Stepped], plan: Plan) -> None:
+        """The step's value and zeros."""
+        self._zeros = [stepped.zeros for stepped in done]
+        values = [stepped.value for stepped in done if stepped.value is not None]
+        if plan.left and self.mode == "grad" and not any(stepped.all_counted for stepped in done):
+            # Those without a gradient count, as `Regularizer.accumulate_` has it.
+            left, rules = plan.left, self.regularizer._penalties
+            values.append(accumulate(plan.packs_left, left, rules, 1.0, self._label(left))[0])
+        if values:
+            wide = any(value.total.dtype == torch.float64 for value in values)
+            self.regularizer._last = Value(
+                add_values(
+                    [value.total for value in values], torch.float64 if wide else torch.float32
+                ),
+                [part for value in values for part in value.parts],
+            )
 
     def _skipped(self, device_type: str) -> bool:
         """Whether a GradScaler says so; asked of a GPU, this waits for it."""
@@ -206,21 +264,26 @@ class Fused(LowPrecision):
                 self.state[row.param].setdefault(MASTER, row.param.detach().float())
         return self._rows(group)._replace(new=rows.new) if any(changed) else rows
 
-    def _step_in_one_sweep(self, tensors: list[Tensor], wide: list[Wide]) -> bool:
-        """Take the step, unless it cannot be one sweep."""
+    def _step_in_one_sweep(
+        self, part: Part, tensors: list[Tensor], wide: list[Wide]
+    ) -> Stepped | None:
+        """Take the part's step; None where it cannot be one sweep, and nothing was done."""
         if not tensors or any(
             t.device.type not in ("cpu", "cuda") or t.dtype not in SWEPT_DTYPES for t in tensors
         ):
-            return False
+            return None
         reg, of_param = self.regularizer, {id(row.param): row for row in wide}
         rules = (L1(0.0),) if reg is None else reg._penalties
-        swept = self._swept_of(tensors, rules)
+        groups = self._groups_of(part, tensors)
 
         def sweep(current: list[Any]) -> Any:
-            backend = None if len(current) > 1 or current[0].anchors else stepper(current[0])
+            if len(current) > 1:  # one was moved to another device since
+                self._plan = None
+                return None
+            backend = None if current[0].anchors else stepper(current[0])
             if backend is None:
                 return None
-            found, done = [self._rows_of(group, of_param) for group in self.param_groups], None
+            found, done = [self._rows_of(group, of_param) for group in groups], None
             counters, counted = [counter for rows in found for counter in rows.counters], []
             try:
                 scaler = self._scaler(current[0].device, counters)
@@ -230,8 +293,8 @@ class Fused(LowPrecision):
                 done = backend.step(
                     current[0],
                     tensors,
-                    *arguments(self, found, steps, scale),
-                    swept.penalised,
+                    *arguments(self, groups, found, steps, scale),
+                    part.penalised,
                     self.mode == "prox",
                     rules,
                     self._sign * scale,
@@ -248,15 +311,21 @@ class Fused(LowPrecision):
                 torch._foreach_sub_(counted, [scaler["found_inf"]] * len(counted))
             return done
 
-        done = swept.packs.run(sweep, tensors, self._label(tensors))
-        if done is None:
-            return False
-        if reg is not None:
-            value, of_rules, self._zeros = done
-            reg._last = Value.of([(value, of_rules)], swept.packs.value_dtype)
-            if swept.left and self.mode == "grad":
-                reg._last = self._with_left(reg._last, swept, rules)
-        return True
+        done = part.packs.run(sweep, tensors, self._label(tensors))
+        if done is None or reg is None:
+            return None if done is None else Stepped()
+        value, of_rules, zeros = done
+        return Stepped(Value.of([(value, of_rules)], part.packs.value_dtype), zeros)
+
+    def _groups_of(self, part: Part, tensors: list[Tensor]) -> list[dict[str, Any]]:
+        """The param groups, with no others' parameters than these."""
+        if part.rows is None:
+            return self.param_groups
+        own = set(map(id, tensors))
+        return [
+            {**group, "params": [p for p in group["params"] if id(p) in own]}
+            for group in self.param_groups
+        ]
 
     def _scaler(self, device: torch.device, counters: list[Tensor]) -> dict[str, Any] | None:
         """The loss's scale, and what a sweep on a GPU is told so that nobody waits; None: skip it.
@@ -286,38 +355,33 @@ class Fused(LowPrecision):
             told["keys"] = [None if row is None else row.key for row in rows]
         return told
 
-    def _with_left(self, value: Value, swept: Swept, rules: Sequence[Penalty]) -> Value:
-        """Those without a gradient count in the value, as `Regularizer.accumulate_` has it."""
-        left, _ = accumulate(swept.packs_left, swept.left, rules, 1.0, self._label(swept.left))
-        dtype = torch.promote_types(value.total.dtype, left.total.dtype)
-        return Value(add_values([value.total, left.total], dtype), value.parts + left.parts)
-
-    def _swept_of(self, tensors: list[Tensor], rules: Sequence[Penalty]) -> Swept:
+    def _plan_of(self, tensors: list[Tensor]) -> Plan:
         """What was found out about these parameters; kept until they change."""
         group = None if self.regularizer is None else self.regularizer._active()
         key = (group, list(map(id, tensors)))
-        if self._swept is None or self._swept[0] != key:
+        if self._plan is None or self._plan[0] != key:
             row_of = {} if group is None else {id(t): i for i, t in enumerate(group.tensors)}
             rows = [row_of.pop(id(t), None) for t in tensors]
             left = list(row_of.values())
+            names = (L1.name,) if group is None else group.packs.penalties
 
             def packs(rows: Sequence[int | None]) -> Packs:
                 rule_of = [0 if i is None else group.packs.rule_of[i] for i in rows]
                 pairs = None if group is None else group.packs.anchors
                 if pairs is not None:
                     pairs = [(None, None) if i is None else pairs[i] for i in rows]
-                return Packs(tuple(rule.name for rule in rules), rule_of, pairs)
+                return Packs(names, rule_of, pairs)
 
-            self._swept = (
-                key,
-                Swept(
-                    packs(rows),
-                    bytes(i is not None for i in rows),
-                    [group.tensors[i] for i in left],
-                    packs(left),
-                ),
-            )
-        return self._swept[1]
+            parts, places = [], list(map(place_of, tensors))
+            for place in dict.fromkeys(places) or [None]:
+                own = [i for i, other in enumerate(places) if other == place]
+                swept = [rows[i] for i in own]
+                penalised = bytes(i is not None for i in swept)
+                whole = len(own) == len(places)
+                parts.append(Part(None if whole else own, packs(swept), penalised))
+            plan = Plan(parts, [group.tensors[i] for i in left], packs(left))
+            self._plan = (key, plan)
+        return self._plan[1]
 
     @property
     def _sign(self) -> float:
@@ -349,74 +413,110 @@ class Fused(LowPrecision):
                 if new:
                     self.state.pop(p)
 
-    def _step_by_torch(self, tensors: list[Tensor], wide: list[Wide]) -> None:
+    def _check_before_torch(self, tensors: list[Tensor]) -> None:
+        """Raise what would stop the penalty, which must not stop it after the step."""
+        if self.regularizer is None:
+            self._check_states(tensors)
+        else:
+            self._check(tensors)
+            self.regularizer.check_ready()
+            self._check_gain()
+
+    def _step_by_torch(self, part: Part, tensors: list[Tensor], wide: list[Wide]) -> Stepped:
         """torch's own step, and the penalty beside it as `Regularizer.attach` has it."""
         reg, scale = self.regularizer, getattr(self, "grad_scale", None)
-        if reg is None:
-            self._check_states(tensors)
-        else:  # what would stop the penalty must not stop it after the step
-            self._check(tensors)
-            reg.check_ready()
-            self._check_gain()
+        self._check_before_torch(tensors)
         # They are unscaled now, and this step is not skipped.
         scaler = {k: self.__dict__.pop(k) for k in ("grad_scale", "found_inf") if hasattr(self, k)}
+        value = None
         try:
-            with stand_ins(self, wide) as standing:
+            with self._holding(self._groups_of(part, tensors)), stand_ins(self, wide) as standing:
                 if scale is not None and tensors:
                     grads = [standing.get(id(t), t).grad for t in tensors]
                     torch._foreach_div_(grads, float(scale))
                 if reg is not None and self.mode == "grad":
-                    self._add_gradients(standing)
+                    value = self._add_gradients(part, tensors, standing)
                 inspect.unwrap(self._torch.step)(self)
                 if reg is not None and self.mode == "prox":
-                    self._prox(standing)
+                    value = self._prox(part, tensors, standing)
         finally:
             self.__dict__.update(scaler)
-        if reg is not None:
-            of = {id(row.param): self.state[row.param][MASTER] for row in wide if row.mastered}
-            self._zeros = [of.get(id(t), t) for _, t in reg.trainable() if t.grad is not None]
+        if reg is None:
+            return Stepped()
+        of = {id(row.param): self.state[row.param][MASTER] for row in wide if row.mastered}
+        own = set(map(id, tensors))
+        zeros = _Uncounted([of.get(id(t), t) for _, t in reg.trainable() if id(t) in own])
+        return Stepped(value, zeros, part.rows is None)
+
+    @contextmanager
+    def _holding(self, groups: list[dict[str, Any]]) -> Iterator[None]:
+        """torch's step sees these parameters only."""
+        kept = [group["params"] for group in self.param_groups]
+        try:
+            for group, own in zip(self.param_groups, groups, strict=True):
+                group["params"] = own["params"]
+            yield
+        finally:
+            for group, params in zip(self.param_groups, kept, strict=True):
+                group["params"] = params
 
     def _check_gain(self) -> None:
         if self.mode == "prox":
             for group in self.param_groups:
                 gain(group)
 
-    def _add_gradients(self, standing: Mapping[int, Tensor]) -> None:
+    def _add_gradients(
+        self, part: Part, tensors: list[Tensor], standing: Mapping[int, Tensor]
+    ) -> Value | None:
         """The penalty's, to those of the stand-ins too."""
-        reg, sign = self.regularizer, self._sign
-        if not standing:
+        reg = self.regularizer
+        if part.rows is None and not standing:
             add_gradients(reg, self)
-            return
+            return reg._last
+        own = None if part.rows is None else set(map(id, tensors))
         group = reg._active()
-        packs = Packs(group.packs.penalties, group.packs.rule_of, group.packs.anchors)
-        instead = [standing.get(id(t), t) for t in group.tensors]
-        reg._last, _ = accumulate(packs, instead, reg._penalties, sign, group.label)
+        rows = [i for i, t in enumerate(group.tensors) if own is None or id(t) in own]
+        if not rows:
+            return None
+        instead = [standing.get(id(group.tensors[i]), group.tensors[i]) for i in rows]
+        packs, label = group.packs.part(rows), lambda i: group.label(rows[i])
+        return accumulate(packs, instead, reg._penalties, self._sign, label)[0]
 
-    def _prox(self, standing: Mapping[int, Tensor]) -> None:
-        """The penalty's, of the stand-ins too."""
+    def _prox(
+        self, part: Part, tensors: list[Tensor], standing: Mapping[int, Tensor]
+    ) -> Value | None:
+        """The penalty's, of the stand-ins too. (The metric is None of what this step leaves.)"""
         reg, metric = self.regularizer, metric_of_rows(self, metric_of(self))
-        if not standing:
+        if part.rows is None and not standing:
             reg._prox(metric)
-            return
+            return reg._last
         group = reg._active()
         instead = [standing.get(id(t), t) for t in group.tensors]
         metrics = list(map(metric, instead))
-        moved = [i for i, m in enumerate(metrics) if m is not None]
-        if not moved:
-            return
-        rule_of, anchors = group.packs.rule_of, group.packs.anchors
-        packs = Packs(
-            group.packs.penalties,
-            [rule_of[i] for i in moved],
-            None if anchors is None else [anchors[i] for i in moved],
-        )
-        reg._last = prox_in_metric(
-            packs,
-            [instead[i] for i in moved],
-            [metrics[i] for i in moved],
+        rows = [i for i, m in enumerate(metrics) if m is not None]
+        if not rows:
+            return None
+        return prox_in_metric(
+            group.packs.part(rows),
+            [instead[i] for i in rows],
+            [metrics[i] for i in rows],
             reg._penalties,
-            lambda i: group.label(moved[i]),
+            lambda i: group.label(rows[i]),
         )
+
+
+# Raises if a step is captured in a CUDA graph that would replay a counter of now. (Until torch 2.10
+# it had another name.)
+_CHECK_CAPTURE = getattr(
+    Optimizer,
+    "_accelerator_graph_capture_health_check",
+    getattr(Optimizer, "_cuda_graph_capture_health_check", lambda optimizer: None),
+)
+
+
+def place_of(t: Tensor) -> Any:
+    """Parameters in one place are stepped in one sweep."""
+    return t.device
 
 
 @untraced
