@@ -104,6 +104,14 @@ struct RmspropUpdate {
   }
 };
 
+// The gradient and the elastic net's at weight w, which may be infinite: without l2 it has no
+// share.
+template <class C>
+PYREG_FN C penalised(C g, C w, C by, const C* strengths) {
+  const C l1 = strengths[0] * sign(w);
+  return g + by * (strengths[1] == C(0) ? l1 : ElasticNet::grad(w, strengths));
+}
+
 // The new weight.
 template <class U, class C>
 PYREG_FN C moved(C w, C move, C q) {

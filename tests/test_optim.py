@@ -185,6 +185,15 @@ def test_threads_and_instruction_sets(swept, native, dtype, penalty):
             torch.testing.assert_close(a, b, rtol=4 * u, atol=16 * u)
 
 
+@pytest.mark.parametrize("rule", [pyreg.L1(0.5), pyreg.ElasticNet(0.5, 0.0)], ids=repr)
+def test_the_gradient_of_l1_at_an_infinite_weight(swept, rule):
+    """Is its strength: what elastic net would add has no share in it."""
+    p = nn.Parameter(torch.tensor([math.inf, -math.inf, 1.0]))
+    p.grad = torch.zeros(3)
+    optim.SGD([p], lr=0.1, regularizer=rule).step()
+    torch.testing.assert_close(p.detach(), torch.tensor([math.inf, -math.inf, 0.95]))
+
+
 def test_float16_weights_that_vanish_count_as_zeros(swept):
     """2e-8 is no float16."""
     for mode in ("grad", "prox"):

@@ -113,6 +113,19 @@ def test_nothing_is_stepped_if_one_device_cannot_be(native, two_devices):
         assert p.equal(was)
 
 
+@pytest.mark.parametrize("mode", ["grad", "prox"])
+def test_an_expanded_parameter_is_named_before_anything_changes(native, mode):
+    good, bad = (torch.nn.Parameter(torch.ones(n).expand(4)) for n in (4, 1))
+    opt = optim.AdamW([good, bad], lr=0.1, regularizer=pyreg.L1(0.1), mode=mode)
+    for p in (good, bad):
+        p.grad = torch.ones(4)
+    with pytest.raises(ValueError, match=r"params\[1\] is expanded"):
+        opt.step()
+    for t in (good, good.grad, bad.grad):
+        assert torch.equal(t, torch.ones(4))
+    assert not opt.state
+
+
 def test_a_scaler_is_asked_once_for_all(native, two_devices):
     """A step that is skipped is skipped everywhere; a scaled one is unscaled everywhere."""
     results = []

@@ -59,7 +59,7 @@ int32_t update(const Block<C>& block, const Constants<C>& given, Lanes<C>& lanes
       if (with == With::kGradient) {
         first[j] = ElasticNet::add<0>(first[j], from, strengths);
         second[j] = ElasticNet::add<1>(second[j], from, strengths);
-        gradient = gradient + by * ElasticNet::grad(from, strengths);
+        gradient = penalised(gradient, from, by, strengths);
       }
       from = from * c[1];
       const C move = U::move(from, gradient, a, b, d, q, c);

@@ -133,7 +133,7 @@ PYREG_DEVICE uint32_t visit_step(const Entry& entry, const Place& place, const R
 #pragma unroll
       for (int k = 0; k < N; ++k) {
         if (k < left) add_to_sums(w[k], k);
-        g[k] = g[k] + numbers.by * ElasticNet::grad(w[k], numbers.strengths);
+        g[k] = penalised(g[k], w[k], numbers.by, numbers.strengths);
       }
     }
     if (numbers.goes) {

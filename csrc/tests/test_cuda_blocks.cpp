@@ -147,9 +147,8 @@ void test_same_bits_as_the_cpu() {
     for (size_t i = 0; i < rows.size(); ++i) {
       if (random() % 4 == 0) moment_pointers[i] = nullptr;
       const auto number = [&] { return static_cast<double>(random() % 1000) * 1.1e-3; };
-      metrics[i] = {moment_pointers[i], beside[i].dtype == DType::kFloat32,
-                    random() % 2 == 0,  number(),
-                    number(),           number()};
+      const bool float32 = moment_pointers[i] && beside[i].dtype == DType::kFloat32;
+      metrics[i] = {moment_pointers[i], float32, random() % 2 == 0, number(), number(), number()};
     }
     std::vector<cuda::RowMetric> row_metrics(rows.size());
     for (size_t i = 0; i < rows.size(); ++i) {

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from ..attachment import add_gradients, ascends, metric_of_rows, untraced
 from ..dispatch import stepper
 from ..metric import Metric, Number, check_moment, gain, metric_of
-from ..pack import SWEPT_DTYPES, GradientMismatch, Packs, check_gradient
+from ..pack import SWEPT_DTYPES, GradientMismatch, Packs, check_gradient, check_writable
 from ..penalties import L1, Penalty
 from ..regularizer import Regularizer
 from ..sweeps import Value, accumulate, add_values, prox_in_metric
@@ -392,6 +392,7 @@ class Fused(LowPrecision):
         """Raise, naming it, if a parameter has a gradient or a state that cannot be its own."""
         named = self._label(tensors)
         for i, t in enumerate(tensors):
+            check_writable(t, named(i))
             check_gradient(t.grad, t, named(i))
         self._check_states(tensors)
 
