@@ -11,7 +11,7 @@ from trained import NET, ONE_EACH, make, minimizing, net, same
 
 import pyreg
 from pyreg import optim
-from pyreg.optim import fused
+from pyreg.optim import fused, precision
 
 PRECISIONS = {
     "float64": (torch.float64, {}),
@@ -144,6 +144,19 @@ def test_a_scaler_is_asked_once_for_all(native, two_devices):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
         assert not a.equal(start)
         assert c.equal(start)
+
+
+def test_a_captured_step_does_not_round_at_random(native, monkeypatch):
+    """It would round the same way at every replay."""
+    model = net(torch.bfloat16)
+    opt = make(optim, "SGD", model, {"lr": 0.1}, stochastic_rounding=True)
+    monkeypatch.setattr(precision, "captured", lambda p: True)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="would replay the same random numbers"):
+        step(opt, model, 0)
+    for p, was in zip(model.parameters(), before, strict=True):
+        assert p.equal(was)
+    assert not opt.state
 
 
 @pytest.mark.skipif(

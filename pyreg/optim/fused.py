@@ -105,7 +105,8 @@ class Fused(LowPrecision):
             that share memory; mode="prox" and a momentum of 1 or more. In a step: master weights
             that disagree with their parameter (named), which was changed or loaded without them.
         TypeError: a regularizer that is none; a seed that is no integer.
-        RuntimeError: mode="grad" and a penalty that has no gradient (L0).
+        RuntimeError: mode="grad" and a penalty that has no gradient (L0). In a step that a CUDA
+            graph captures: stochastic rounding, or counters on the CPU (capturable=False).
     """
 
     _step_supports_amp_scaling = True

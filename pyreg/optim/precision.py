@@ -256,6 +256,11 @@ class LowPrecision(Optimizer):
                     continue
                 key = None
                 if keyed and p.dtype == torch.bfloat16:
+                    if captured(p):
+                        raise RuntimeError(
+                            "stochastic_rounding: a captured CUDA graph would replay the same "
+                            "random numbers; step outside it, or use master_weights=True"
+                        )
                     key = key_of(group.get("seed", 0), group.get("steps_rounded", 0), i)
                 if p in self.state and MASTER in self.state[p]:
                     self._check_master(p, mastered)
@@ -291,6 +296,11 @@ class LowPrecision(Optimizer):
         """Remember parameters that were just stepped, and made of their master weights."""
         for row in rows:
             self._agreed[row.param] = _look(row.param)
+
+
+def captured(p: Tensor) -> bool:
+    """Whether what is done to it now becomes part of a CUDA graph."""
+    return p.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _look(p: Tensor) -> tuple[int, int]:
