@@ -44,6 +44,7 @@ def build(folder: Path, flags: str) -> ModuleType:
 
     folder.mkdir()
     configure = ["cmake", "-S", str(CSRC), "-B", str(folder), "-G", "Ninja", "-DPYREG_TESTS=OFF"]
+    configure += ["-DPYREG_CUDA=OFF"]
     configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_CXX_FLAGS={flags}"]
     configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
     for command in (configure, ["cmake", "--build", str(folder)]):
