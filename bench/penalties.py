@@ -38,6 +38,7 @@ EXAMPLES = (
     pyreg.SCAD(1e-5, 300.0),
 )
 TRANSCENDENTAL = {"l_half", "log_sum"}  # a root or a logarithm an element: no target
+TARGETS = {"accumulate_": 1.15, "prox in a metric": 1.10}
 LIMIT = "dst.add_(src)"
 CHECKED = 1 << 20  # elements
 
@@ -97,11 +98,7 @@ def measure(rounds: int, seconds: float) -> list[Row]:
         timings = by_turns(runs, rounds, seconds)
         for name in runs:
             t = timings[name]
-            target = None
-            if name == "prox in a metric" and penalty.name == "l1":
-                target = 1.10
-            if name == "accumulate_" and penalty.name not in TRANSCENDENTAL:
-                target = 1.15
+            target = None if penalty.name in TRANSCENDENTAL else TARGETS.get(name)
             ratio = t.median / timings[LIMIT].median
             rows.append(Row(penalty.name, name, t.median, t.p10, t.p90, ratio, target))
     return rows

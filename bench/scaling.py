@@ -46,17 +46,24 @@ def workloads(most_elements: float, most_tensors: int) -> list[Workload]:
 def rows_of(options: argparse.Namespace) -> Iterator[Row]:
     for workload in workloads(options.elements, options.tensors):
         print(f"{workload.name}: {workload.title}", file=sys.stderr, flush=True)
-        needed, free = memory_needed(workload, WAYS), free_bytes()
-        if free is not None and needed > free:
-            print(f"not measured: {needed / 1e9:.0f} GB are needed", file=sys.stderr)
+        ways = [way for way in WAYS if _fits(workload, way)]
+        if not ways:
             continue
         yield from (
             row
             for row in measure(
-                allocate(workload), PENALTY, WAYS, rounds=options.rounds, seconds=options.seconds
+                allocate(workload), PENALTY, ways, rounds=options.rounds, seconds=options.seconds
             )
             if row.job != "limit" or row.way == LIMIT
         )
+
+
+def _fits(workload: Workload, way: str) -> bool:
+    needed, free = memory_needed(workload, [way]), free_bytes()
+    fits = free is None or needed <= free
+    if not fits:
+        print(f"{way} is not measured: {needed / 1e9:.0f} GB are needed", file=sys.stderr)
+    return fits
 
 
 def draw(record: Record) -> Any:

@@ -99,6 +99,14 @@ PYREG_FN C soft_threshold(C x, C t) {
   return u > C(0) ? copy_sign(u, x) : x - x;
 }
 
+template <class C, class Bits>
+PYREG_FN C from_bits(Bits bits) {
+  static_assert(sizeof(C) == sizeof(Bits));
+  C x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
 // log(1 + x) for x >= 0, within 2^-23 (2^-52) of it relative. It is ours, as a library's does not
 // vectorize, nor give the same bits on every device: 1 + x = 2^k (1 + f) with 1 + f in [sqrt(1/2),
 // sqrt(2)), and `lost` what the sum 1 + x lost in rounding; then log(1 + f) by fdlibm's polynomial
@@ -132,19 +140,22 @@ struct Log<double> {
 template <class C>
 PYREG_FN C log_1_plus(C x) {
   using L = Log<C>;
+  using Bits = typename L::Bits;
   const C y = C(1) + x;
-  typename L::Bits bits;
+  Bits bits;
   __builtin_memcpy(&bits, &y, sizeof y);
   bits += L::kOne - L::kRoot;
+  const Bits mantissa = bits & ((Bits(1) << L::kMantissa) - 1);
   const C k = static_cast<C>(static_cast<int32_t>(bits >> L::kMantissa) -
                              static_cast<int32_t>(L::kOne >> L::kMantissa));
-  bits = (bits & ((typename L::Bits(1) << L::kMantissa) - 1)) + L::kRoot;
-  C reduced;
-  __builtin_memcpy(&reduced, &bits, sizeof reduced);
-  const C f = reduced - C(1);
+  const C f = from_bits<C>(mantissa + L::kRoot) - C(1);
   const C lost = x < C(1) ? x - (y - C(1)) : C(1) - (y - x);
+  // Over y = 2^k (1 + f), of which a few bits are enough.
+  const Bits exponent = bits - mantissa;
+  const C inverse = from_bits<C>(exponent < 2 * L::kOne ? 2 * L::kOne - exponent : 0);
   const C s = f / (C(2) + f), z = s * s, half = C(0.5) * f * f;
-  const C log = s * (half + L::polynomial(z, z * z)) + (k * L::kLow + lost / y) - half + f;
+  const C low = k * L::kLow + lost * inverse * (C(1) - f + f * f);
+  const C log = s * (half + L::polynomial(z, z * z)) + low - half + f;
   return x < static_cast<C>(INFINITY) ? log + k * L::kHigh : x;
 }
 
@@ -277,19 +288,21 @@ struct LHalf {
     return w > C(0) ? slope : w < C(0) ? -slope : w - w;
   }
   // u = r^2 |w|, r the largest root of r^3 - r + b = 0 with b = step * lam / (2 |w|^(3/2)), or 0
-  // where b > (2/3)^(3/2) / 2. Newton's steps from 1 fall to r >= sqrt(2/3): the fourth is within
-  // 5e-9 of it, the fifth within 6e-17. No cosines, and the same bits everywhere.
+  // where b > (2/3)^(3/2) / 2. A polynomial is within 5e-5 of the root, Newton's step from there
+  // within 6e-9, the next within 9e-17. No cosines, and the same bits everywhere.
   template <class C>
   PYREG_FN static C prox(C w, C step, const C* c) {
-    const C a = absolute(w);
-    const C b = C(0.5) * (step * c[0]) / a / square_root(a);
-    C r = newton(newton(newton(newton(C(1), b), b), b), b);
-    if (sizeof(C) > sizeof(float)) r = newton(r, b);
-    return b <= C(0.27216552697590868) ? w * (r * r) : w - w;
+    return prox_ratio(w, step, C(1), c);
   }
   template <class C>
   PYREG_FN static C prox_ratio(C w, C p, C q, const C* c) {
-    return prox(w, p / q, c);
+    const C a = absolute(w);
+    const C b = C(0.5) * (p * c[0]) / denominator(q * a * square_root(a));
+    C r = C(1.0268765) + b * C(-5.2112714);
+    r = C(0.99995323) + b * (C(-0.4926023) + b * (C(-0.55955727) + b * r));
+    r = newton(r, b);
+    if (sizeof(C) > sizeof(float)) r = newton(r, b);
+    return b <= C(0.27216552697590868) ? w * (r * r) : w - w;
   }
 
  private:
@@ -347,20 +360,36 @@ struct LogSum {
     const C slope = c[0] / (absolute(w) + c[1]);
     return w > C(0) ? slope : w < C(0) ? -slope : w - w;
   }
-  // The stationary point u = |w| - cut, cut = 2 t / (A + sqrt(A^2 - 4 t)), with A = |w| + eps and
-  // t = step * lam; or 0, where there is none or its objective is not above u's.
+  // With t = step lam and A = |w| + eps: the stationary point u = |w| - cut, where
+  // cut = 2 t / (A + sqrt(A^2 - 4 t)) = A v / (2 (1 + sqrt(1 - v))) with v = 4 t / A^2; or 0, where
+  // there is none or, as may be where t > eps^2, its objective is not above u's.
   template <class C>
   PYREG_FN static C prox(C w, C step, const C* c) {
-    const C a = absolute(w), t = step * c[0], sum = a + c[1];
-    const C p = C(2) * square_root(t) / sum;
-    const C cut = C(2) * t / (sum + sum * square_root((C(1) - p) * (C(1) + p)));
-    const C u = a - cut;
-    const bool beaten = t * log_1_plus(u * (C(1) / c[1])) > u * (C(0.5) * u + cut);
-    return (u > C(0)) & !beaten ? (w > C(0) ? u : -u) : w - w;
+    return prox_ratio(w, step, C(1), c);
   }
   template <class C>
   PYREG_FN static C prox_ratio(C w, C p, C q, const C* c) {
-    return prox(w, p / q, c);
+    const C cut = cut_of(w, p, q, c), u = absolute(w) - cut;
+    const bool beaten =
+        p * c[0] * log_1_plus(u * (C(1) / c[1])) > q * u * (C(0.5) * u + cut) && !is_short(p, q, c);
+    return u > C(0) && !beaten ? copy_sign(u, w) : w - w;
+  }
+  template <class C>
+  PYREG_FN static bool is_short(C p, C q, const C* c) {
+    return p * c[0] <= q * (c[1] * c[1]);
+  }
+  template <class C>
+  PYREG_FN static C prox_if_short(C w, C p, C q, const C* c) {
+    const C u = absolute(w) - cut_of(w, p, q, c);
+    return u > C(0) ? copy_sign(u, w) : w - w;
+  }
+
+ private:
+  template <class C>
+  PYREG_FN static C cut_of(C w, C p, C q, const C* c) {
+    const C sum = at_most(absolute(w) + c[1], kLargest<C>);
+    const C v = C(4) * (p * c[0]) / denominator(q * sum * sum);
+    return C(0.5) * v * sum / (C(1) + square_root(C(1) - v));
   }
 };
 
