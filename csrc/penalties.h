@@ -74,6 +74,13 @@ PYREG_FN C at_least(C a, C limit) {
   return a < limit ? limit : a;
 }
 
+// at_least(x, 0), where c are the strengths: a 0 that the compiler does not know, for of one that
+// it does GCC makes a comparison and a move where a maximum would do.
+template <class C>
+PYREG_FN C positive_part(C x, const C* c) {
+  return at_least(x, c[0] - c[0]);
+}
+
 // A number of which twice is one too, and the least normal one.
 template <class C>
 constexpr C kLargest = std::numeric_limits<C>::max() / 2;
@@ -410,7 +417,7 @@ struct MCP {
   }
   template <class C>
   PYREG_FN static C grad(C w, const C* c) {
-    return sign(w) * at_least(c[0] - absolute(w) * (C(1) / c[1]), C(0));
+    return sign(w) * positive_part(c[0] - absolute(w) * (C(1) / c[1]), c);
   }
   // Up to gamma lam, |w| - cut with cut = step (gamma lam - |w|) / (gamma - step). From step =
   // gamma on the objective is concave there: a hard threshold, at lam sqrt(step gamma).
@@ -423,7 +430,7 @@ struct MCP {
     const C a = absolute(w), left = c[1] * c[0] - a, rest = c[1] * q - p;
     const C y = a * (C(1) / (c[0] * square_root(p * c[1])));
     const C hard = y * q * y > C(1) ? C(0) : static_cast<C>(INFINITY);
-    const C top = rest > C(0) ? p * at_least(left, C(0)) : hard, bottom = rest > C(0) ? rest : q;
+    const C top = rest > C(0) ? p * positive_part(left, c) : hard, bottom = rest > C(0) ? rest : q;
     return soft_threshold(w, top / bottom);
   }
   template <class C>
@@ -433,7 +440,7 @@ struct MCP {
   template <class C>
   PYREG_FN static C prox_if_short(C w, C p, C q, const C* c) {
     const C left = c[1] * c[0] - absolute(w), rest = c[1] * q - p;
-    return soft_threshold(w, p * at_least(left, C(0)) / rest);
+    return soft_threshold(w, p * positive_part(left, c) / rest);
   }
 };
 
@@ -447,7 +454,7 @@ struct SCAD {
 
   template <int k, class C>
   PYREG_FN static C add(C s, C w, const C* c) {
-    const C m = at_most(absolute(w), c[1] * c[0]), over = at_least(m - c[0], C(0));
+    const C m = at_most(absolute(w), c[1] * c[0]), over = positive_part(m - c[0], c);
     return k == 0 ? s + (m + over * (C(1) / (c[1] - C(1)))) : s + over * (m + c[0]);
   }
   PYREG_FN static double value(const double* s, const double* c) {
@@ -456,7 +463,7 @@ struct SCAD {
   template <class C>
   PYREG_FN static C grad(C w, const C* c) {
     const C slope = (c[1] * c[0] - absolute(w)) * (C(1) / (c[1] - C(1)));
-    return sign(w) * at_most(at_least(slope, C(0)), c[0]);
+    return sign(w) * at_most(positive_part(slope, c), c[0]);
   }
   // From step = a - 1 on the objective is concave between lam and a lam: w, or the soft threshold,
   // which are equally good at |w| = tie. So |w| - cut, where cut is step lam up to
@@ -468,7 +475,7 @@ struct SCAD {
   template <class C>
   PYREG_FN static C prox_ratio(C w, C p, C q, const C* c) {
     const C lam = c[0], a = c[1], x = absolute(w), t = p * lam, sum = a + C(1);
-    const C rest = (a - C(1)) * q - p, left = at_least(a * lam - x, C(0));
+    const C rest = (a - C(1)) * q - p, left = positive_part(a * lam - x, c);
     const C y = x * (C(1) / (lam * square_root(p * sum)));
     const C times = rest > C(0) ? C(1) : C(2), from = rest > C(0) ? lam : lam * sum;
     const C over = p < sum * q ? (times * x - from) * q - t : y * q * y - C(1);
@@ -482,7 +489,7 @@ struct SCAD {
   template <class C>
   PYREG_FN static C prox_if_short(C w, C p, C q, const C* c) {
     const C lam = c[0], x = absolute(w), t = p * lam;
-    const C rest = (c[1] - C(1)) * q - p, left = at_least(c[1] * lam - x, C(0));
+    const C rest = (c[1] - C(1)) * q - p, left = positive_part(c[1] * lam - x, c);
     const bool over = (x - lam) * q - t > C(0);
     return soft_threshold(w, (over ? p * left : t) / (over ? rest : q));
   }

@@ -179,6 +179,22 @@ def test_the_scaling_study(bench, tmp_path, monkeypatch):
     assert (tmp_path / "scaling.png").exists()
 
 
+def test_the_scaling_study_leaves_out_what_does_not_fit(bench, tmp_path, monkeypatch, capsys):
+    """A way that needs more memory than is free is named, and the others measured."""
+    scaling = bench["scaling"]
+    monkeypatch.setattr(scaling, "free_bytes", lambda: 5 * 4 * 20_000)  # pyreg's ways: 5 N
+    sizes = ["--elements", "2e4", "--tensors", "1"]
+    assert scaling.main([*sizes, "--rounds", "1", "--seconds", "0", "--out", str(tmp_path)]) == 0
+    rows = load(tmp_path / "scaling.json").rows
+    ways = {r.way for r in rows if r.workload == "elements" and r.elements == 20_000}
+    assert ways == {"pyreg in the loss", "pyreg accumulate_", scaling.LIMIT}
+    assert {r.way for r in rows if r.elements == 10_000} == {*scaling.WAYS, scaling.LIMIT}
+    said = capsys.readouterr().err.split("elements: 20,000")[1].split("tensors:")[0]
+    assert said.splitlines()[1:] == [
+        f"{w} is not measured: 0 GB are needed" for w in scaling.WAYS[:2]
+    ]
+
+
 def test_the_roofline_has_a_point_for_each_way(bench, tmp_path):
     pytest.importorskip("matplotlib")
     roofline = bench["roofline"]

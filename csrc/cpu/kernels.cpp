@@ -45,6 +45,8 @@ template <class C>
 struct Maths {
   int sums_of_value;
   void (*sums)(const C* x, int n, const C* c, Lanes<C>& lanes);
+  void (*sums_beside_roots)(const C* x, const C* c, Lanes<C>& lanes, const C* d, C factor, C offset,
+                            C* q);
   void (*grad)(const C* x, int n, const C* c, C scale, C* y);
   void (*add)(const C* x, const C* old, int n, const C* c, C scale, C* y, Lanes<C>& lanes);
   void (*prox)(const C* x, C step, int n, const C* c, C* y);
@@ -67,6 +69,18 @@ void sums(const C* x, int n, const C* strengths, Lanes<C>& lanes) {
   const Strengths<C> s(strengths);
 #pragma omp simd
   for (int j = 0; j < n; ++j) add_to<P>(lanes, j, x[j], s.c);
+}
+// Beside it q = factor * sqrt(d) + offset of another block: a root keeps the divider busy for
+// longer than the sums take.
+template <class P, class C>
+void sums_beside_roots(const C* x, const C* strengths, Lanes<C>& lanes, const C* d, C factor,
+                       C offset, C* q) {
+  const Strengths<C> s(strengths);
+#pragma omp simd
+  for (int j = 0; j < kBlock; ++j) {
+    q[j] = denominator(factor * square_root(d[j]) + offset);
+    add_to<P>(lanes, j, x[j], s.c);
+  }
 }
 template <class P, class C>
 void grad(const C* x, int n, const C* strengths, C scale, C* y) {
@@ -144,8 +158,9 @@ void stepwise_prox(const C* x, const C* steps, int n, const C* strengths, C* y) 
 
 template <class P, class C>
 constexpr Maths<C> maths_of() {
-  return {P::kSums,           sums<P, C>,       grad<P, C>,          add<P, C>,
-          prox<P, C>,         kProxRatio<P, C>, weighted_sums<P, C>, weighted_grad<P, C>,
+  return {P::kSums,           sums<P, C>,          sums_beside_roots<P, C>,
+          grad<P, C>,         add<P, C>,           prox<P, C>,
+          kProxRatio<P, C>,   weighted_sums<P, C>, weighted_grad<P, C>,
           stepwise_prox<P, C>};
 }
 #define PYREG_MATHS(P) maths_of<P, C>(),
@@ -246,14 +261,19 @@ void prox_in_metric(int penalty, void* w_, const void* moment_, int64_t n, const
   const Maths<C>& of = maths<C>[penalty];
   const C numerator = static_cast<C>(metric.numerator), factor = static_cast<C>(metric.factor),
           offset = static_cast<C>(metric.offset);
-  C w_buffer[kBlock], result[kBlock], q[kBlock], moment_buffer[kBlock];
+  C w_buffer[kBlock], result[kBlock], q[kBlock], moment_buffer[kBlock], stored_buffer[kBlock];
   if (moment == nullptr)
     for (C& x : q) x = C(1);
+  const C* stored = nullptr;  // the block before, if its sums are still to be added
   for_each_block<C>(n, of.sums_of_value, sums, [&](int64_t i, int m, Lanes<C>& lanes) {
+    const bool more = n - i > kBlock;
     if (moment != nullptr) {
-      if (n - i > kBlock) prefetch(moment + i);
+      if (more) prefetch(moment + i);
       const C* d = widen_to(moment + i, m, moment_buffer);
-      if (metric.root) {
+      if (metric.root && stored != nullptr && m == kBlock) {
+        of.sums_beside_roots(stored, s.c, lanes, d, factor, offset, q);
+        stored = nullptr;
+      } else if (metric.root) {
 #pragma omp simd
         for (int j = 0; j < m; ++j) q[j] = denominator(factor * square_root(d[j]) + offset);
       } else {
@@ -261,11 +281,16 @@ void prox_in_metric(int penalty, void* w_, const void* moment_, int64_t n, const
         for (int j = 0; j < m; ++j) q[j] = denominator(factor * d[j] + offset);
       }
     }
-    if (n - i > kBlock) prefetch<1>(w + i);
+    if (stored != nullptr) of.sums(stored, kBlock, s.c, lanes);
+    if (more) prefetch<1>(w + i);
     C* y = target(w + i, result);
     of.prox_ratio(widen(static_cast<const T*>(w + i), m, w_buffer), numerator, q, m, s.c, y);
     narrow(y, m, w + i);
-    of.sums(widen(static_cast<const T*>(w + i), m, w_buffer), m, s.c, lanes);  // of what is stored
+    stored = widen(static_cast<const T*>(w + i), m, stored_buffer);
+    if (!more || (i + kBlock) % kChunk == 0) {  // the chunk's last
+      of.sums(stored, m, s.c, lanes);
+      stored = nullptr;
+    }
   });
 }
 
