@@ -490,7 +490,7 @@ struct SCAD {
   PYREG_FN static C prox_if_short(C w, C p, C q, const C* c) {
     const C lam = c[0], x = absolute(w), t = p * lam;
     const C rest = (c[1] - C(1)) * q - p, left = positive_part(c[1] * lam - x, c);
-    const bool over = (x - lam) * q - t > C(0);
+    const bool over = (x - lam) * q > t;
     return soft_threshold(w, (over ? p * left : t) / (over ? rest : q));
   }
 };
