@@ -433,6 +433,27 @@ def test_a_skipped_step_is_not_counted(mode, fused):
     assert reg.step == 2
 
 
+@pytest.mark.parametrize("found", [0.0, 1.0])
+def test_a_step_that_a_gpu_skips_has_a_length_of_0(backend, found):
+    """What the scaler found there is not asked for: it is a factor of the step."""
+
+    class OnGPU:
+        device = torch.device("cuda")
+
+        def to(self, device: torch.device) -> torch.Tensor:
+            return torch.tensor(found)
+
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.register_step_post_hook(lambda *_: setattr(optimizer, "found_inf", OnGPU()))
+    pyreg.Regularizer(model, NET).attach(optimizer, "prox")
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for p, w in zip(model.parameters(), net().parameters(), strict=True):
+        torch.testing.assert_close(p, w if found else NET.prox(w, 0.1), rtol=1e-14, atol=0)
+
+
 @OPTIMIZER
 def test_a_metric_waits_for_nothing(monkeypatch, kind):
     """lr and step as tensors that cannot be read, as capturable optimizers keep them on a GPU."""
