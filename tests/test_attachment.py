@@ -48,6 +48,10 @@ def test_detach(backend):
     reg.attach(optimizer, "prox")
     optimizer.step()
     assert not torch.equal(model[0].weight, before["0.weight"])
+    reg.detach()
+    before = copy.deepcopy(model.state_dict())
+    optimizer.step()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_an_attachment_that_ends_by_itself():
