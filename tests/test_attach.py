@@ -274,6 +274,32 @@ def test_a_compiled_step(native, mode):
         torch.testing.assert_close(p, q, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("mode", ["grad", "prox"])
+@OPTIMIZER
+def test_a_traced_step(native, kind, mode):
+    """Of every optimizer, against a penalty that is written out; traced, but run as it stands.
+
+    2e-6: as above.
+    """
+    ours, theirs = net(), net()
+    a, b = make(kind, ours), make(kind, theirs)
+    pyreg.Regularizer(ours, {"*.weight": NET}).attach(a, mode)
+    torch._dynamo.reset()
+    step = torch.compile(lambda: a.step(), backend="eager")
+    for x, y in data(6):
+        for model, optimizer in ((ours, a), (theirs, b)):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+        step()
+        if mode == "grad":
+            add_by_hand(theirs)
+        b.step()
+        if mode == "prox":
+            prox_by_hand(kind, b, theirs)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("kind", ["adam", "rmsprop", "adamax", "sgd"])
 def test_identity_metric(backend, kind):
     """Every element's step is the learning rate of its group."""
