@@ -117,6 +117,8 @@ class Coverage:
             tail.append(
                 f"|gradient| of the penalty: {norm:.3g}; gradients are clipped to {self.clip:g}"
             )
+        if any(r.gradient_norm is None and FORMULAS[r.penalty.name].grad for r in self.rules):
+            tail.append("|gradient|, and where it is lost: report(gradients=True)")
         for rule in self.rules:
             if rule.lost:
                 more = f" and {len(rule.lost) - 1} more" if len(rule.lost) > 1 else ""

@@ -74,6 +74,12 @@ def test_the_reader_of_blocks_sees_them():
     assert BLOCK.findall("a\n```python\nx = 1\n```\n```sh\nls\n```\n") == ["x = 1\n"]
 
 
+def test_what_is_printed_is_what_the_readme_shows(native):
+    model = nn.Sequential(nn.Linear(20, 30), nn.LayerNorm(30))
+    reg = pyreg.Regularizer(model, {"*.weight": pyreg.ElasticNet(1e-5, 1e-4)}, exclude="1.*")
+    assert f"```\n{reg}\n```" in PAGES[0].read_text()
+
+
 def anchors(page: Path) -> set[str]:
     """What a link may point to on a page: its headings, as they are written in addresses."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)

@@ -42,6 +42,10 @@ def test_the_norm_of_the_penaltys_gradient():
     assert l2 == pytest.approx(net[2].weight.norm().item(), rel=1e-6)
     assert l0 is None, "L0 has no gradient"
     text = str(found)
+    hint = "report(gradients=True)"
+    assert hint not in text
+    assert hint in str(pyreg.Regularizer(net, rules))
+    assert hint not in str(pyreg.Regularizer(net, pyreg.L0(1.0)))
     assert (
         f"|gradient| of the penalty: {math.hypot(l1, l2):.3g}; gradients are clipped to 0.5" in text
     )
