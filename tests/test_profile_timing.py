@@ -44,3 +44,16 @@ def test_measuring_takes_less_than_two_percent(seconds, cold, monkeypatch):
     assert seconds * (1 - 1e-9) <= found.median <= seconds * (1 + MOST)
     assert found.p90 <= (seconds + (cold if seconds >= 0.2 else 0)) * (1 + MOST)
     assert clock.now <= clock.inside * (1 + MOST)
+
+
+def test_what_runs_between_two_samples_is_not_timed(monkeypatch):
+    """A run that follows another way's finds caches cold."""
+    clock, last = Clock(), []
+    monkeypatch.setattr(timing.time, "perf_counter", clock.perf_counter)
+
+    def run(name: str) -> None:
+        clock.now += 1e-3 if last == [name] else 6e-3
+        last[:] = [name]
+
+    for found in timing.by_turns({n: lambda n=n: run(n) for n in "ab"}, 15, 3.0).values():
+        assert found.p90 <= 1e-3 * (1 + MOST)
