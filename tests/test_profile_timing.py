@@ -57,3 +57,23 @@ def test_what_runs_between_two_samples_is_not_timed(monkeypatch):
 
     for found in timing.by_turns({n: lambda n=n: run(n) for n in "ab"}, 15, 3.0).values():
         assert found.p90 <= 1e-3 * (1 + MOST)
+
+
+def test_few_samples_are_spread_over_the_rounds(monkeypatch):
+    """So that a slow minute falls on all ways. (The first of a long run is its estimate.)"""
+    clock, rounds = Clock(), []
+    monkeypatch.setattr(timing.time, "perf_counter", clock.perf_counter)
+    runs = {"short": lambda: clock.run(1e-3, 0.0), "long": lambda: clock.run(1.0, 0.0)}
+
+    def tell(name: str, share: float) -> None:
+        if name == "long":
+            rounds.append(round(15 * share))
+
+    assert timing.by_turns(runs, 15, 0.0, fewest=5, tell=tell)["long"].samples == 5
+    assert rounds == [3, 7, 11, 14]
+
+
+def test_a_summary():
+    samples = [7.0, 1.0, 11.0, 3.0, 5.0, 9.0, 2.0, 8.0, 4.0, 10.0, 6.0]
+    assert timing.summarize(samples) == timing.Timing(median=6.0, p10=2.0, p90=10.0, samples=11)
+    assert timing.summarize([3.0]) == timing.Timing(3.0, 3.0, 3.0, 1)
