@@ -47,9 +47,9 @@ format: $(VENV)/installed
 	ruff format .
 	clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
-# Every figure in the README, on this machine; takes some minutes.
+# Every record in bench/results/ on this machine, and the documents' figures from them.
 bench: $(VENV)/built
-	$(PY) -m bench
+	$(PY) -m bench all
 
 # The documents as a site in build/site, with their pictures drawn anew.
 docs: $(VENV)/built

@@ -1,4 +1,4 @@
-"""Elements per second against elements per byte: `python -m bench roofline RECORD OUT.png`.
+"""Elements per second against elements per byte: `python -m bench roofline [RECORD [OUT.png]]`.
 
 A way stands where its predicted traffic puts it; the line is the bandwidth of `dst.add_(src)` on
 the same memory. What lies below the line loses time to something else: fresh pages, launches, the
@@ -16,6 +16,7 @@ from typing import Any
 from pyreg.profiling import Record, Row, load
 from pyreg.profiling.record import find
 
+RESULTS = Path(__file__).parent / "results"
 LIMITS = ("dst.add_(src)", "dst.add_(src) as float32")
 PENALTY = "elastic_net"
 
@@ -67,8 +68,12 @@ def draw(record: Record) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench roofline", description=__doc__)
-    parser.add_argument("record", type=Path, help="a .json of `python -m bench`")
-    parser.add_argument("out", type=Path, help="the picture")
+    parser.add_argument(
+        "record", nargs="?", type=Path, default=RESULTS / "cpu.json", help="of `python -m bench`"
+    )
+    parser.add_argument(
+        "out", nargs="?", type=Path, default=RESULTS / "roofline.png", help="the picture"
+    )
     options = parser.parse_args(argv)
     try:
         record = load(options.record)

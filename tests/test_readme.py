@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -193,6 +195,23 @@ def test_the_scaling_study_leaves_out_what_does_not_fit(bench, tmp_path, monkeyp
     assert said.splitlines()[1:] == [
         f"{w} is not measured: 0 GB are needed" for w in scaling.WAYS[:2]
     ]
+
+
+def test_all_is_every_part(bench, monkeypatch):
+    """In an order in which the documents come last; a missed target ends nothing, but is told."""
+    entry, ran = importlib.import_module("bench.__main__"), []
+
+    def part(name: str, status: int | None) -> SimpleNamespace:
+        return SimpleNamespace(main=lambda: ran.append(name) or status)
+
+    modules = {f"bench.{name}": part(name, None) for name in entry.PARTS}
+    monkeypatch.setattr(entry.importlib, "import_module", modules.__getitem__)
+    monkeypatch.setattr(entry, "figures", part("figures", 1).main)
+    monkeypatch.setattr("sys.argv", ["bench", "all"])
+    assert entry.main() == 1
+    assert set(ran) == {"figures", *entry.PARTS} - {"compare"}
+    assert (ran[0], ran[-2:], len(ran)) == ("figures", ["roofline", "readme"], len(set(ran)))
+    assert re.search(r"^bench:.*\n.* -m bench all$", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
 def test_the_roofline_has_a_point_for_each_way(bench, tmp_path):
