@@ -73,3 +73,24 @@ def test_a_strength_that_the_gradients_dtype_loses(strength):
     before = net[0].weight.grad.clone()
     pyreg.Regularizer(net, pyreg.L1(strength)).accumulate_()
     assert torch.equal(net[0].weight.grad, before) == lost, "and so it is"
+
+
+def test_what_lies_beside_a_parameter_is_said():
+    beside = {"w": torch.ones(3)}
+    for options, said in (
+        ({}, "'*': L2(lam=0.5)"),
+        ({"anchor": beside}, "'*': L2(lam=0.5), anchored"),
+        ({"weight": beside}, "'*': L2(lam=0.5), weighted"),
+        ({"anchor": beside, "weight": beside}, "'*': L2(lam=0.5), anchored, weighted"),
+    ):
+        (row,) = pyreg.Regularizer({"w": torch.zeros(3)}, pyreg.L2(0.5, **options)).report().rows
+        assert row.reason == f"{said}, frozen"
+
+
+def test_a_gradient_is_lost_where_most_of_it_is():
+    """A last bit of 2^-7 at 1, of 2^-15 at 2^-8: what is added is between the two."""
+    for lost in (1, 2, 3):
+        w = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+        w.grad = torch.tensor([1.0] * lost + [2**-8] * (4 - lost), dtype=torch.bfloat16)
+        (rule,) = pyreg.Regularizer({"w": w}, pyreg.L1(1e-3)).report(gradients=True).rules
+        assert rule.lost == (("w",) if lost > 2 else ())

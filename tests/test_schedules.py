@@ -135,6 +135,13 @@ def test_a_resumed_run_continues_bit_for_bit(backend, mode):
     assert torch.equal(again.bias, model.bias)
 
 
+def test_a_state_stays_what_it_was():
+    lam = torch.tensor(1.0)
+    state = pyreg.Regularizer({"w": torch.ones(2)}, pyreg.L1(lam)).state_dict()
+    lam.fill_(2.0)
+    assert state == {"step": 0, "strengths": {"*": {"lam": 1.0}}}
+
+
 def test_a_state_of_other_rules():
     """Nothing is changed."""
     lam = torch.tensor(1.0)
