@@ -13,9 +13,12 @@ from torch import nn
 
 import pyreg
 from pyreg.penalties import PENALTIES
-from pyreg.profiling import LIMITS, WAYS, WORKLOADS, Interrupted
+from pyreg.profiling import LIMITS, WAYS, WORKLOADS, Interrupted, memory
+from pyreg.profiling.measure import _fastest_limits
 from pyreg.profiling.memory import memory_needed
 from pyreg.profiling.parameters import copy_of
+from pyreg.profiling.timing import Timing
+from pyreg.profiling.unchanged import Kept
 from pyreg.profiling.workloads import Workload
 
 L1 = pyreg.L1(1e-3)
@@ -57,6 +60,86 @@ def test_every_way_is_measured_beside_the_step():
     assert inside.adds == inside.seconds - rows["AdamW, no penalty"].seconds
     assert rows["pyreg value"].adds is None, "it regularizes nothing"
     assert rows["pyreg accumulate_"].value_error <= 1e-6
+
+
+def test_bandwidths_and_shares_of_the_limits():
+    """A limit's time is the fastest of the operations that bound a job, by what each moves."""
+    result = pyreg.profile(WORKLOADS["tiny"], L1, ways=WITHOUT_COMPILE, **FEW)
+    rows = {row.way: row for row in result.rows}
+    for row in rows.values():
+        if row.job != "limit":  # (those move the padding between the tensors too)
+            moved = row.traffic * result.parameter_bytes
+            assert row.gb_per_s == pytest.approx(moved / row.seconds / 1e9)
+    for way, least, bounds in (
+        ("pyreg value", 1, {"flat.sum()": 1}),
+        ("pyreg in the loss", 3, {"dst.add_(src)": 3}),
+        ("pyreg prox_", 2, {"flat.mul_(1)": 2, "dst.copy_(src)": 2}),
+        ("pyreg AdamW, prox", 7, {"dst.add_(src)": 3}),
+    ):
+        fastest = min(rows[bound].seconds / moved for bound, moved in bounds.items())
+        assert rows[way].of_limit == pytest.approx(least * fastest / rows[way].seconds)
+
+
+def test_the_fastest_operation_is_the_limit():
+    slow, fast = (Timing(seconds, seconds, seconds, 1) for seconds in (6.0, 4.0))
+    for timings in (
+        {"flat.mul_(1)": slow, "dst.copy_(src)": fast},
+        {"flat.mul_(1)": fast, "dst.copy_(src)": slow},
+    ):
+        assert _fastest_limits(timings) == {"prox": 2.0}
+
+
+@pytest.mark.parametrize("way", ["pyreg accumulate_", "pyreg prox_", "pyreg AdamW, grad"])
+@pytest.mark.parametrize("error", [2e-6, float("nan")])
+@pytest.mark.parametrize("penalty", [L1, pyreg.MCP(1e-3, 3.0)], ids=["l1", "mcp"])
+def test_one_wrong_element_is_seen(way, error, penalty, monkeypatch):
+    """16 units of roundoff off, or no number at all; one of 4,200, where a prox jumps too."""
+    right = WAYS[way]
+
+    def prepare(parameters, penalty):
+        run = right.prepare(parameters, penalty)
+
+        @torch.no_grad()
+        def wrong():
+            value = run()
+            (flat,) = parameters.flats
+            elements = flat.gradients if way == "pyreg accumulate_" else flat.weights
+            elements[elements.abs().argmax()] *= 1 + error
+            return value
+
+        return wrong
+
+    monkeypatch.setitem(WAYS, way, replace(right, prepare=prepare))
+    (row,) = (
+        r for r in pyreg.profile(WORKLOADS["tiny"], penalty, ways=[way], **FEW).rows if r.way == way
+    )
+    assert row.wrong
+    assert re.match(r"not timed: its [\w +]+ is off by (2.\de-06|nan)", row.note), row.note
+
+
+@pytest.mark.parametrize(("error", "wrong"), [(1e-7, False), (3e-6, True), (float("nan"), True)])
+def test_a_wrong_value_is_seen(error, wrong, monkeypatch):
+    right = WAYS["pyreg value"]
+
+    def prepare(parameters, penalty):
+        run = right.prepare(parameters, penalty)
+        return lambda: run().double() * (1 + error)
+
+    monkeypatch.setitem(WAYS, right.name, replace(right, prepare=prepare))
+    rows = pyreg.profile(WORKLOADS["tiny"], L1, ways=[right.name], **FEW).rows
+    assert [row.wrong for row in rows if row.way == right.name] == [wrong]
+
+
+def test_what_a_step_may_change_is_counted_in_the_memory(monkeypatch):
+    net = model()
+    step, _ = trained(net)
+    step()
+    alone = pyreg.profile(net, L1, ways=["loop"], **FEW).memory_bytes
+    beside = pyreg.profile(net, L1, step, ways=["loop"], **FEW).memory_bytes
+    assert beside == alone + Kept(net).bytes
+    monkeypatch.setattr(memory, "free_bytes", lambda device: beside - 1)
+    with pytest.raises(MemoryError):
+        pyreg.profile(net, L1, step, ways=["loop"], **FEW)
 
 
 def test_the_advice_is_one_sentence_on_what_adds_least():
