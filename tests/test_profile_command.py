@@ -411,6 +411,20 @@ def test_the_self_test_passes_here_and_fails_for_a_wrong_sweep(capsys, monkeypat
     assert "FAILED" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_self_test_fails_for_nan(dtype, monkeypatch):
+    right = doctor.Regularizer.prox_
+
+    def wrong(self, step):
+        right(self, step)
+        for _, t in self.trainable():
+            if t.dtype == dtype:
+                t.data[:1] = float("nan")
+
+    monkeypatch.setattr(doctor.Regularizer, "prox_", wrong)
+    assert all(not c.passed and c.detail == "nan x its bound off" for c in doctor.examine())
+
+
 def test_as_a_program(tmp_path):
     command = [sys.executable, "-P", "-m", "pyreg", "profile", "tiny", *QUICK]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
