@@ -110,6 +110,8 @@ class Coverage:
             right={2, 3, 4, 5},
         )
         tail = [f"pattern {pattern!r} matches no parameter" for pattern in self.unmatched]
+        if any(r.gradient_norm is None and FORMULAS[r.penalty.name].grad for r in self.rules):
+            tail.append("|gradient|, and where it is lost: report(gradients=True)")
         tail += [f"sweep: {line}" for line in self.sweeps]
         norms = [r.gradient_norm for r in self.rules if r.gradient_norm is not None]
         if self.clip is not None and norms:
@@ -117,8 +119,6 @@ class Coverage:
             tail.append(
                 f"|gradient| of the penalty: {norm:.3g}; gradients are clipped to {self.clip:g}"
             )
-        if any(r.gradient_norm is None and FORMULAS[r.penalty.name].grad for r in self.rules):
-            tail.append("|gradient|, and where it is lost: report(gradients=True)")
         for rule in self.rules:
             if rule.lost:
                 more = f" and {len(rule.lost) - 1} more" if len(rule.lost) > 1 else ""
