@@ -7,6 +7,7 @@ peers, overhead. `python -m bench all` runs everything, and writes every record,
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import json
 import sys
@@ -37,7 +38,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=20.0, help="at most, per way")
     parser.add_argument("--skip-builds", action="store_true", help="do not compare native builds")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if meant := difflib.get_close_matches(options.name, [*PARTS, "all"]):
+        parser.error(f"there is no part {options.name}; {meant[0]} is one")
+    return options
 
 
 def rows_of(options: argparse.Namespace) -> Iterator[Row]:
