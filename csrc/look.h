@@ -25,7 +25,8 @@ struct StaleLayout : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// A gradient that cannot be its tensor's: another shape, dtype or device, expanded, without memory.
+// A gradient that cannot be its tensor's: another shape, dtype or device, expanded, without memory,
+// or in the memory of another's.
 struct GradientMismatch : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -108,6 +109,7 @@ class Look {
         pairs_(std::move(pairs)),
         weights_(rule_of.size()),
         gradients_(rule_of.size()),
+        gradient_bytes_(rule_of.size()),
         states_(kMaxStates, Places(rule_of.size())),
         masters_(rule_of.size()),
         origins_(rule_of.size()),
@@ -240,16 +242,13 @@ class Look {
     });
   }
 
-  // Each tensor's .grad. `others` are those with other strides than the tensor, and those that
-  // share memory with another row's.
+  // Each tensor's .grad. `others` are those with other strides than the tensor.
   Shown with_own_gradients(const pybind11::list& tensors, TensorReader& reader) {
     const TensorAttribute& own = TensorAttribute::grad();
     Shown shown =
         show(tensors, reader, [&](size_t i) { return own.of(PyList_GET_ITEM(tensors.ptr(), i)); });
-    for (int64_t i : gradients_.overlapping(bytes_)) {
-      if (shown.g[i] != nullptr) shown.others.push_back(i);
-      shown.g[i] = nullptr;
-    }
+    if (!gradients_.overlapping(gradient_bytes_).empty())
+      throw GradientMismatch("gradients share memory");
     return shown;
   }
 
@@ -367,7 +366,15 @@ class Look {
     if (!is_here(view) || view.dtype != tensor.dtype || !view.same_shape(tensor) ||
         view.expanded() || !in_memory(view, grad, i, gradients_))
       throw GradientMismatch(std::to_string(i));
-    if (view.same_strides(tensor)) return view.data;
+    const bool same = view.same_strides(tensor);
+    // (Between the elements of one that is not dense another's may lie.)
+    const bool dense = same || view.span() == view.numel();
+    const int64_t bytes = dense ? bytes_[i] : item_size(*view.dtype);
+    if (gradient_bytes_[i] != bytes) {
+      gradient_bytes_[i] = bytes;
+      gradients_.note(i, view.data);
+    }
+    if (same) return view.data;
     others.push_back(static_cast<int64_t>(i));
     return nullptr;
   }
@@ -400,6 +407,7 @@ class Look {
   Pairs pairs_;
   std::vector<Anchor> anchors_;  // [pairs] their dtypes, without addresses
   Places weights_, gradients_;
+  std::vector<int64_t> gradient_bytes_;  // [rows] from its address on, all its own
   std::vector<Places> states_;
   Places masters_;
   Places origins_, masses_;

@@ -33,7 +33,7 @@ class StaleLayout(RuntimeError):
 
 
 class GradientMismatch(RuntimeError):
-    """A tensor's .grad cannot be its gradient; `check_gradient` says which and why."""
+    """A tensor's .grad cannot be its gradient; `check_gradients` says which and why."""
 
 
 def collect(params: Params) -> tuple[list[Tensor], Label]:
@@ -161,6 +161,29 @@ def check_gradient(grad: Tensor, t: Tensor, name: str) -> None:
         )
 
 
+def check_gradients(
+    grads: Sequence[Tensor | None], tensors: Sequence[Tensor], label: Label
+) -> None:
+    """Raise unless each gradient that there is can be its tensor's, and its alone."""
+    for i, (grad, t) in enumerate(zip(grads, tensors, strict=True)):
+        if grad is not None:
+            check_gradient(grad, t, label(i))
+    check_apart(grads, label)
+
+
+def check_apart(grads: Sequence[Tensor | None], label: Label) -> None:
+    """Raise ValueError, naming both tensors, if two gradients lie in the same memory."""
+    blocks = [*map(_block, grads)]
+    if shared := overlapping([begin for begin, _ in blocks], [size for _, size in blocks]):
+        i, *others = shared
+        (begin, size), later = blocks[i], ((j, *blocks[j]) for j in others)
+        j = next(j for j, own, bytes_ in later if own < begin + size and begin < own + bytes_)
+        raise ValueError(
+            f"{label(i)} and {label(j)}: their gradients share memory, so what is added to one is "
+            "added to both; give each a .grad of its own"
+        )
+
+
 def check_pair(pair: Pair, t: Tensor, name: str) -> None:
     """Raise TypeError or ValueError, naming the parameter, unless `t` can have this anchor."""
     for kind, beside in zip(("anchor", "weight"), pair, strict=True):
@@ -241,6 +264,16 @@ def _extent(t: Tensor) -> tuple[int, int]:
         return begin, begin
     last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
     return begin, begin + (last + 1) * t.element_size()
+
+
+def _block(t: Tensor | None) -> tuple[int, int]:
+    """Where its elements begin, and for how many bytes from there on all is its own.
+
+    Between the elements of one that is not dense another's may lie.
+    """
+    if t is None or not _has_address(t):
+        return 0, 0
+    return t.data_ptr(), t.nbytes if is_dense(t) else t.element_size()
 
 
 def irregular_pair(pair: Pair, t: Tensor) -> str | None:

@@ -15,7 +15,7 @@ from .coverage import Coverage, Covered, report_rules, resolve
 from .dispatch import choose, requested
 from .look import Slots, require_grad, unchanged
 from .metric import Metric
-from .pack import Packs, Pair, check, check_gradient, check_memory, check_pair, label
+from .pack import Packs, Pair, check, check_gradients, check_memory, check_pair, label
 from .penalties import (
     Penalty,
     check_differentiable,
@@ -138,7 +138,7 @@ class Regularizer:
             RuntimeError: no parameter at all has a gradient, so that nothing was added; or the
                 penalty of one has none (L0).
             TypeError, ValueError: a scale that is not a finite number; a gradient that cannot be
-                its parameter's, by name. Nothing was written then.
+                its parameter's, or is another's too, by name. Nothing was written then.
         """
         value, present = self._accumulate(scale, create_grads)
         if present == 0:
@@ -350,9 +350,7 @@ class Regularizer:
             return self._last.total, 1
         self._check_differentiable(group)
         if create_grads:
-            for i, t in enumerate(group.tensors):
-                if t.grad is not None:
-                    check_gradient(t.grad, t, group.label(i))
+            check_gradients([t.grad for t in group.tensors], group.tensors, group.label)
             for t in group.tensors:
                 if t.grad is None:
                     t.grad = torch.zeros_like(t)

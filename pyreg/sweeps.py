@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .dispatch import choose
 from .metric import Metric, check_moment
-from .pack import GradientMismatch, Label, Pack, Packs, check_gradient, check_writable
+from .pack import GradientMismatch, Label, Pack, Packs, check_gradients, check_writable
 from .penalties import Penalty, check_strengths
 
 
@@ -92,13 +92,11 @@ def accumulate(
     """
     check_strengths(rules)
 
-    def check_gradients() -> None:
-        for i, t in enumerate(tensors):
-            if t.grad is not None:
-                check_gradient(t.grad, t, label(i))
+    def check() -> None:
+        check_gradients([t.grad for t in tensors], tensors, label)
 
     def sweep(current: list[Pack]) -> tuple[Value, int]:
-        chosen = _prepare(current, tensors, check_gradients)
+        chosen = _prepare(current, tensors, check)
         done = [backend.accumulate(pack, rows, rules, scale) for pack, backend, rows in chosen]
         value = Value.of([pack_value for *pack_value, _ in done], packs.value_dtype)
         return value, sum(present for *_, present in done)
@@ -106,7 +104,7 @@ def accumulate(
     try:
         return packs.run(sweep, tensors, label)
     except GradientMismatch:
-        check_gradients()
+        check()
         raise
 
 

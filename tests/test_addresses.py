@@ -198,7 +198,7 @@ def test_a_gradient_that_cannot_be_one(look_at, bad):
 
 
 def test_rows_that_share_memory(look_at):
-    """Each of them is the caller's; neighbours and empty rows share nothing."""
+    """Each of them is the caller's; neighbours and empty rows share nothing. Gradients must not."""
     memory = torch.zeros(20)
     w = [memory[:8], memory[8:12], memory[2:4], memory[12:18], memory[17:], memory[3:3]]
     w = [t.detach() for t in w]
@@ -208,12 +208,36 @@ def test_rows_that_share_memory(look_at):
     assert separate[8:16] == at(w[1])
     assert not any(separate[:8])
     assert look.tensors(w) == at(*w)
-    grads = torch.zeros(20)
     for t in w:
-        t.grad = grads[: t.numel()] if t.numel() in (8, 4) else torch.zeros_like(t)
-    shown = look.with_own_gradients(w)
-    assert (list(shown.others), shown.present) == ([0, 1], 6)
-    assert shown.gradients == at(None, None, *(t.grad for t in w[2:]))
+        t.grad = torch.zeros_like(t)
+    look.with_own_gradients(w)
+    grads = torch.zeros(20)
+    w[0].grad, w[1].grad = grads[:8], grads[7:11]
+    for _ in range(2):
+        with pytest.raises(GradientMismatch):
+            look.with_own_gradients(w)
+    w[1].grad = grads[8:12]
+    assert look.with_own_gradients(w).gradients == at(*(t.grad for t in w))
+
+
+def test_gradients_of_other_strides_that_share_memory(look_at):
+    """Dense ones wherever it is; of others the first element's place is known to be theirs."""
+    w, memory = [torch.ones(3, 4) for _ in range(2)], torch.zeros(4, 8)
+    look = look_at(w)
+    for first, second, shared in (
+        (memory[:3, :4], memory[:3, 4:], False),
+        (memory[:3, :4], memory[:3, :4], True),
+        (memory[:3, :4], memory.view(-1)[:12].view(3, 4), True),
+        (memory.view(-1)[:12].view(4, 3).t(), memory.view(-1)[11:23].view(3, 4), True),
+        (memory.view(-1)[:12].view(4, 3).t(), memory.view(-1)[12:24].view(3, 4), False),
+    ):
+        w[0].grad, w[1].grad = first, second
+        for _ in range(2):
+            if shared:
+                with pytest.raises(GradientMismatch):
+                    look.with_own_gradients(w)
+            else:
+                assert look.with_own_gradients(w).present == 2
 
 
 class OwnGrad(nn.Parameter):

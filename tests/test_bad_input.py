@@ -543,6 +543,60 @@ def test_no_gradient_is_created_when_another_is_bad():
     assert good.grad is None
 
 
+SHARED = {  # views of [3, 8] zeros
+    "one tensor": lambda zeros: (zeros[:, :4].contiguous(),) * 2,
+    "one memory": lambda zeros: (zeros.view(-1)[:12].view(3, 4), zeros.view(-1)[:12].view(3, 4)),
+    "a part": lambda zeros: (zeros.view(-1)[:12].view(3, 4), zeros.view(-1)[11:23].view(3, 4)),
+    "strided": lambda zeros: (zeros[:, :4], zeros[:, :4]),
+    "strided, and not": lambda zeros: (zeros[:, :4], zeros.view(-1)[:12].view(3, 4)),
+}
+
+
+@pytest.mark.parametrize("strided_too", [False, True])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("how", SHARED)
+def test_two_gradients_in_one_memory(how, backend, strided_too):
+    """Both would be added to both. Nothing is written, nor the zeros of `create_grads`."""
+    model = nn.ParameterDict({k: nn.Parameter(torch.ones(3, 4)) for k in ("a", "b", "c", "d")})
+    if strided_too:  # a pack of its own
+        model["c"].data = torch.ones(3, 8)[:, ::2]
+    model["b"].grad, model["c"].grad = SHARED[how](torch.zeros(3, 8))
+    model["a"].grad = torch.zeros(3, 4)
+    reg = pyreg.Regularizer(model, pyreg.L1(1.0))
+    attached = torch.optim.SGD(model.parameters(), lr=0.1)
+    reg.attach(attached)
+    message = r"params\[1\] \('b'\) and params\[2\] \('c'\): their gradients share memory"
+    with pyreg.use_backend(backend):
+        for call in (
+            reg.accumulate_,
+            reg.accumulate_,
+            lambda: reg.accumulate_(create_grads=True),
+            attached.step,
+        ):
+            with pytest.raises(ValueError, match=message):
+                call()
+        assert not model["b"].grad.any()
+        assert not model["a"].grad.any()
+        assert all((p == 1).all() for p in model.values())
+        assert model["d"].grad is None
+        model["c"].grad = None
+        reg.accumulate_()
+    assert model["b"].grad.all()
+
+
+def test_two_gradients_side_by_side():
+    """Columns of one matrix, and parts of one buffer, share nothing."""
+    columns, rows = torch.zeros(3, 8), torch.zeros(24)
+    model = {k: nn.Parameter(torch.ones(3, 4)) for k in ("a", "b", "c", "d")}
+    model["a"].grad, model["b"].grad = columns[:, :4], columns[:, 4:]
+    model["c"].grad, model["d"].grad = rows[:12].view(3, 4), rows[12:].view(3, 4)
+    for backend in ("auto", "torch"):
+        with pyreg.use_backend(backend):
+            pyreg.Regularizer(model, pyreg.L1(1.0)).accumulate_()
+    assert (columns == 2).all()
+    assert (rows == 2).all()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

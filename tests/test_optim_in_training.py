@@ -242,6 +242,10 @@ def of_another_dtype(opt, model):
     w.grad = w.grad.float()
 
 
+def one_memory(opt, model):
+    model[0].bias.grad = model[2].weight.grad[0]
+
+
 def bad_state(opt, model):
     saved = copy.deepcopy(opt.state_dict())
     saved["state"][2]["exp_avg_sq"] = torch.ones(3, dtype=torch.float64)
@@ -263,6 +267,7 @@ def bad_anchor(opt, model):
 BAD = {
     sparse: (TypeError, r"'2.weight'.*its gradient has layout torch.sparse_coo"),
     of_another_dtype: (ValueError, r"'2.weight'.*has a gradient float32"),
+    one_memory: (ValueError, r"'0.bias'\) and params\[2\] \('2.weight'\): their gradients share"),
     bad_state: (ValueError, r"'2.weight'.*\[2, 300\].*moment is \[3\]"),
     bad_schedule: (ValueError, "nan"),
     two_ways: (ValueError, "with and without maximize=True"),
@@ -275,7 +280,9 @@ BAD = {
 @pytest.mark.parametrize("spoil", BAD, ids=lambda f: f.__name__)
 def test_nothing_half_done(backend, spoil, mode, anchored):
     """A step that raises leaves weights, states and counters as they were."""
-    if (spoil is bad_anchor and not anchored) or (spoil is two_ways and mode == "prox"):
+    if (spoil is bad_anchor and not anchored) or (
+        spoil in (two_ways, one_memory) and mode == "prox"
+    ):
         pytest.skip("nothing is spoiled")
     model = net()
     rules = {"*": NET}
@@ -293,6 +300,25 @@ def test_nothing_half_done(backend, spoil, mode, anchored):
         opt.step()
     assert all(map(torch.equal, tensors_of(opt), before))
     assert opt.regularizer.step == 3
+
+
+@pytest.mark.parametrize("regularizer", [None, NET])
+def test_gradients_in_one_memory_that_are_only_read(backend, regularizer):
+    """torch's own step takes them too."""
+    pair = []
+    for module in (optim, torch.optim):
+        model = net()
+        opt = make(module, "Adam", model, {"lr": 0.02})
+        if regularizer and module is optim:
+            opt = make(module, "Adam", model, {"lr": 0.02}, regularizer=NET, mode="prox")
+        elif regularizer:
+            pyreg.Regularizer(model, NET).attach(opt, "prox")
+        for k in range(3):
+            backward(model, k)
+            one_memory(opt, model)
+            opt.step()
+        pair.append(opt)
+    same(*pair, 1e-11, 1e-11)
 
 
 @pytest.mark.parametrize("mode", ["grad", "prox"])

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..pack import GradientMismatch, Pack, StaleLayout, check_gradient, is_freed, overlapping
+from ..pack import GradientMismatch, Pack, StaleLayout, check_gradients, is_freed, overlapping
 from .native import load
 
 try:  # one call for all tensors; private, so only ever used to agree faster
@@ -34,7 +34,7 @@ class Shown(NamedTuple):
     tensors: bytes
     gradients: bytes
     present: int  # gradients that exist
-    others: list[int]  # rows whose gradient has other strides, or shares memory with another's
+    others: list[int]  # rows whose gradient has other strides
     alive: list[Tensor | None]
 
 
@@ -120,15 +120,13 @@ class PythonLook:
     def with_gradients(self, tensors: list[Tensor], grads: list[Tensor | None]) -> Shown:
         w = self._look(tensors).addresses
         if not self._gradients.is_of(grads):
-            pairs = list(zip(tensors, grads, strict=True))
-            for t, g in pairs:
-                if g is not None:
-                    _check_gradient(g, t)
-            seen = self._gradients = _Seen(grads, self._bytes)
-            strided = [
-                i for i, (t, g) in enumerate(pairs) if g is not None and g.stride() != t.stride()
-            ]
-            seen.others = sorted({*strided, *seen.overlapping})
+            try:
+                check_gradients(grads, tensors, str)
+            except (TypeError, ValueError):
+                raise GradientMismatch from None
+            seen = self._gradients = _Seen(grads, [0] * len(grads))
+            pairs = enumerate(zip(tensors, grads, strict=True))
+            seen.others = [i for i, (t, g) in pairs if g is not None and g.stride() != t.stride()]
         seen = self._gradients
         return Shown(w, seen.without(seen.others), seen.present, seen.others, grads)
 
@@ -254,12 +252,3 @@ def _facts(t: Tensor | None) -> tuple | None:
     if t is None:
         return None
     return t.dtype, t.shape, t.device, t.layout == torch.strided and t.stride()
-
-
-def _check_gradient(grad: Tensor, t: Tensor) -> None:
-    try:
-        check_gradient(grad, t, "")
-    except (TypeError, ValueError):
-        raise GradientMismatch from None
-    if grad.is_neg():
-        raise GradientMismatch

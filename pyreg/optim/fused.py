@@ -14,7 +14,14 @@ from torch.optim import Optimizer
 from ..attachment import add_gradients, ascends, metric_of_rows, untraced
 from ..dispatch import stepper
 from ..metric import Metric, Number, check_moment, gain, metric_of
-from ..pack import SWEPT_DTYPES, GradientMismatch, Packs, check_gradient, check_writable
+from ..pack import (
+    SWEPT_DTYPES,
+    GradientMismatch,
+    Packs,
+    check_apart,
+    check_gradient,
+    check_writable,
+)
 from ..penalties import L1, Penalty
 from ..regularizer import Regularizer
 from ..sweeps import Value, accumulate, add_values, prox_in_metric
@@ -302,7 +309,10 @@ class Fused(LowPrecision):
                     **self._in_float32(tensors, of_param),
                     **scaler,
                 )
-            except (GradientMismatch, ValueError):
+            except GradientMismatch:  # or gradients that only share memory
+                self._check(tensors)
+                return None
+            except ValueError:
                 self._check(tensors)
                 raise
             finally:
@@ -395,6 +405,8 @@ class Fused(LowPrecision):
         for i, t in enumerate(tensors):
             check_writable(t, named(i))
             check_gradient(t.grad, t, named(i))
+        if self.regularizer is not None and self.mode == "grad":
+            check_apart([t.grad for t in tensors], named)
         self._check_states(tensors)
 
     def _check_states(self, tensors: list[Tensor]) -> None:
