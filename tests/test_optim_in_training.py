@@ -252,6 +252,10 @@ def bad_state(opt, model):
     opt.load_state_dict(saved)
 
 
+def part_of_a_state(opt, model):
+    del opt.state[model[2].weight]["exp_avg_sq"]
+
+
 def bad_schedule(opt, model):
     opt.regularizer.rules["*"] = pyreg.L1(lambda step: math.nan)
 
@@ -269,6 +273,7 @@ BAD = {
     of_another_dtype: (ValueError, r"'2.weight'.*has a gradient float32"),
     one_memory: (ValueError, r"'0.bias'\) and params\[2\] \('2.weight'\): their gradients share"),
     bad_state: (ValueError, r"'2.weight'.*\[2, 300\].*moment is \[3\]"),
+    part_of_a_state: (ValueError, r"'2.weight'\): its state in the optimizer lacks 'exp_avg_sq'"),
     bad_schedule: (ValueError, "nan"),
     two_ways: (ValueError, "with and without maximize=True"),
     bad_anchor: (ValueError, r"'0.bias'.*its anchor is float64 \[3\]"),
@@ -300,6 +305,31 @@ def test_nothing_half_done(backend, spoil, mode, anchored):
         opt.step()
     assert all(map(torch.equal, tensors_of(opt), before))
     assert opt.regularizer.step == 3
+
+
+@pytest.mark.parametrize("mode", [None, "grad", "prox"])
+@pytest.mark.parametrize(("name", "options"), ONE_EACH)
+def test_a_part_of_a_state_that_is_missing(backend, name, options, mode):
+    """Each part is named; weights and gradients stay as they are. Without any it begins anew."""
+    model = net()
+    more = {} if mode is None else {"regularizer": NET, "mode": mode}
+    opt = make(optim, name, model, minimizing(options), **more)
+    train(opt, model, range(2))
+    w = model[2].weight
+    kinds = () if name == "SGD" else tuple(opt.state[w])
+    for kind in kinds:
+        kept = opt.state[w].pop(kind)
+        before = copy.deepcopy([*tensors_of(opt), *(p.grad for p in model.parameters())])
+        with pytest.raises(ValueError, match=rf"'2.weight'\): its state .* lacks '{kind}'"):
+            opt.step()
+        assert all(
+            map(torch.equal, [*tensors_of(opt), *(p.grad for p in model.parameters())], before)
+        )
+        opt.state[w][kind] = kept
+    train(opt, model, range(2, 3))
+    del opt.state[w]
+    train(opt, model, range(3, 4))
+    assert opt.state[w].keys() >= {*kinds}
 
 
 @pytest.mark.parametrize("regularizer", [None, NET])

@@ -101,12 +101,15 @@ def test_a_device_that_falls_back(native, two_devices, monkeypatch, name, option
     assert precision != "float64" or pair[0][0].last_zeros == pair[1][0].last_zeros
 
 
-def test_nothing_is_stepped_if_one_device_cannot_be(native, two_devices):
+@pytest.mark.parametrize("missing", [True, False])
+def test_nothing_is_stepped_if_one_device_cannot_be(native, two_devices, missing):
     model = net()
     opt = make(optim, "AdamW", model, {"lr": 0.02}, regularizer=pyreg.Regularizer(model, NET))
     step(opt, model, 0)
     before = [p.detach().clone() for p in model.parameters()]
     opt.state[model[2].bias]["exp_avg"] = torch.zeros(7, dtype=torch.float64)
+    if missing:
+        del opt.state[model[2].bias]["exp_avg"]
     with pytest.raises(ValueError, match=r"2\.bias"):
         step(opt, model, 1)
     for p, was in zip(model.parameters(), before, strict=True):

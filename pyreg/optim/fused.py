@@ -110,7 +110,9 @@ class Fused(LowPrecision):
             (named) that the optimizer does not hold; `differentiable=True`; master weights and
             stochastic rounding at once, or the latter for float16; master weights of parameters
             that share memory; mode="prox" and a momentum of 1 or more. In a step: master weights
-            that disagree with their parameter (named), which was changed or loaded without them.
+            that disagree with their parameter (named), which was changed or loaded without them; a
+            state (named) of which a part is missing; mode="grad" and two gradients (named) in one
+            memory.
         TypeError: a regularizer that is none; a seed that is no integer.
         RuntimeError: mode="grad" and a penalty that has no gradient (L0). In a step that a CUDA
             graph captures: stochastic rounding, or counters on the CPU (capturable=False).
@@ -118,6 +120,7 @@ class Fused(LowPrecision):
 
     _step_supports_amp_scaling = True
     _torch: ClassVar[type[Optimizer]]  # what this class adds to
+    _lists: ClassVar[int]  # that its _init_group fills
 
     def __init__(
         self,
@@ -199,6 +202,23 @@ class Fused(LowPrecision):
         raise NotImplementedError
 
     # And what they share:
+
+    def _listed(self, group: dict[str, Any]) -> list[list[Any]]:
+        """The lists that torch makes of the group: those with a gradient, and what lies beside.
+
+        Raises ValueError, naming the parameter, if a part of its state is missing.
+        """
+        lists: list[list[Any]] = [[] for _ in range(self._lists)]
+        try:
+            self._init_group(group, *lists)
+        except KeyError as error:
+            if error.args[0] in self.defaults:  # an option of the group
+                raise
+            raise ValueError(
+                f"{self._label(lists[0][-1:])(0)}: its state in the optimizer lacks {error}; "
+                "delete optimizer.state[p] to begin anew"
+            ) from None
+        return lists
 
     def _take_step(self) -> None:
         if "capturable" in self.param_groups[0]:  # as torch's step does
@@ -410,6 +430,8 @@ class Fused(LowPrecision):
         self._check_states(tensors)
 
     def _check_states(self, tensors: list[Tensor]) -> None:
+        for group in self.param_groups:
+            self._listed({**group, "params": [p for p in group["params"] if self.state.get(p)]})
         named = self._label(tensors)
         for i, t in enumerate(tensors):
             for kind, state in self.state.get(t, {}).items():

@@ -19,9 +19,10 @@ def _doc(of: str) -> str:
 
 
 class _Adam(Fused):
+    _lists = 6
+
     def _rows(self, group: dict[str, Any]) -> Rows:
-        params, _, means, squares, largest, counters = lists = [[] for _ in range(6)]
-        self._init_group(group, *lists)
+        params, _, means, squares, largest, counters = self._listed(group)
         return Rows(
             params, [means, squares, *([largest] if group["amsgrad"] else [])], counters, ()
         )
@@ -51,10 +52,10 @@ class AdamW(_Adam, torch.optim.AdamW):
 class SGD(Fused, torch.optim.SGD):
     __doc__ = _doc("torch.optim.SGD")
     _torch = torch.optim.SGD
+    _lists = 3
 
     def _rows(self, group: dict[str, Any]) -> Rows:
-        params, _, buffers = lists = [[] for _ in range(3)]
-        self._init_group(group, *lists)
+        params, _, buffers = self._listed(group)
         if not group["momentum"]:
             return Rows(params, [], [], ())
         new = [buffer is None for buffer in buffers]
@@ -79,6 +80,7 @@ class SGD(Fused, torch.optim.SGD):
 class Adagrad(Fused, torch.optim.Adagrad):
     __doc__ = _doc("torch.optim.Adagrad")
     _torch = torch.optim.Adagrad
+    _lists = 4
 
     def __init__(self, params: Iterable[Any], *args: Any, **options: Any) -> None:
         super().__init__(params, *args, **options)
@@ -89,8 +91,7 @@ class Adagrad(Fused, torch.optim.Adagrad):
                     self.state[p]["sum"] = torch.full_like(p, first, dtype=torch.float32)
 
     def _rows(self, group: dict[str, Any]) -> Rows:
-        params, _, sums, counters = lists = [[] for _ in range(4)]
-        self._init_group(group, *lists)
+        params, _, sums, counters = self._listed(group)
         return Rows(params, [sums], counters, ())
 
     def _update(self, group: dict[str, Any]) -> str:
@@ -104,10 +105,10 @@ class Adagrad(Fused, torch.optim.Adagrad):
 class RMSprop(Fused, torch.optim.RMSprop):
     __doc__ = _doc("torch.optim.RMSprop")
     _torch = torch.optim.RMSprop
+    _lists = 6
 
     def _rows(self, group: dict[str, Any]) -> Rows:
-        params, _, squares, buffers, means, counters = lists = [[] for _ in range(6)]
-        self._init_group(group, *lists)
+        params, _, squares, buffers, means, counters = self._listed(group)
         states = [squares, *([means] if group["centered"] else [])]
         return Rows(params, states + ([buffers] if group["momentum"] > 0 else []), counters, ())
 
