@@ -209,10 +209,11 @@ def l_half_strength_grad(w: Tensor, lam: Strength, weight: Tensor | None = None)
 
 
 def _huber_terms(w: Tensor, delta: Strength) -> Tensor:
-    """m^2 / (2 delta) + |w| - m with m = min(|w|, delta)"""
+    """m^2 / (2 delta) + max(|w| - delta, 0) with m = min(|w|, delta)"""
     a, delta = _upcast(w).abs(), _strength(delta, w)
     m = a.clamp_max(delta)
-    return m / 2 * (m / delta) + (a - m)
+    # (The slope of relu at 0 is 0, and so the slopes of the parts do not add up at delta.)
+    return m / 2 * (m / delta) + (a - delta).relu()
 
 
 def huber_value(w: Tensor, lam: Strength, delta: Strength, weight: Tensor | None = None) -> Tensor:

@@ -77,6 +77,24 @@ def test_grad_is_the_derivative_of_value(penalty):
     assert torch.autograd.gradcheck(formula, (w, *strength_tensors(penalty)))
 
 
+@DIFFERENTIABLE
+def test_autograd_of_the_value_keeps_small_gradients(penalty):
+    """In float32, weights far below every shape: no more roundings than 4 of 2^-24 in either."""
+    w = 1e-7 * torch.linspace(1.0, 4.0, 50)
+    w = torch.cat([w, -w, 1e3 * w]).requires_grad_()
+    (got,) = torch.autograd.grad(penalty.value(w), w)
+    exact = penalty.grad(w.detach().double())
+    torch.testing.assert_close(got.double(), exact, rtol=8 * 2**-24, atol=0)
+
+
+def test_hubers_value_where_its_parts_meet():
+    """There its slope is lam, once."""
+    w = torch.tensor([-0.5, 0.5], requires_grad=True)
+    for delta in (0.5, torch.tensor(0.5)):
+        (got,) = torch.autograd.grad(pyreg.Huber(2.0, delta).value(w), w)
+        assert got.tolist() == [-2.0, 2.0]
+
+
 @PENALTIES
 def test_no_point_of_a_dense_grid_beats_prox(penalty):
     """step * Omega(u) + (u - x)^2 / 2 is nowhere on a grid less than at prox(x), for any step.
