@@ -134,9 +134,9 @@ class Layout {
     if (sets.size() != found->size()) throw py::value_error("one set of numbers per tensor");
     for (size_t i = 0; i < found->size(); ++i) {
       Update& update = (*found)[i];
-      const size_t set = static_cast<size_t>(sets[i]);
-      if ((set + 1) * kSet > numbers.size()) throw py::value_error("no such set of numbers");
-      update.numbers = numbers.data() + set * kSet;
+      if (sets[i] < 0 || static_cast<size_t>(sets[i]) >= numbers.size() / kSet)
+        throw py::value_error("no such set of numbers");
+      update.numbers = numbers.data() + sets[i] * kSet;
       update.metric.numerator = update.numbers[kNumbers];
       update.metric.factor = update.numbers[kNumbers + 1];
       update.metric.offset = update.numbers[kNumbers + 2];

@@ -188,6 +188,17 @@ def test_a_block_of_short_steps_gives_the_bits_of_any_other(
     assert (short[9:] != w[9:-1]).double().mean() > 0.2
 
 
+def test_sets_of_numbers_that_are_not_there(native):
+    w = torch.nn.Parameter(torch.ones(3))
+    w.grad = torch.ones(3)
+    layout = native.Layout([w], [0], ["l1"])
+    update, numbers = native.updates.index("sgd"), [0.0] * (native.numbers + 3)
+    for sets in ([-1], [1], [-(2**31)]):
+        with pytest.raises(ValueError, match="no such set of numbers"):
+            layout.step([w], [], [update], sets, numbers, bytes(1), False, [0.0, 0.0], 1.0, 1)
+    assert layout.step([w], [], [update], [0], numbers, bytes(1), False, [0.0, 0.0], 1.0, 1)
+
+
 def test_unknown_instruction_set(native):
     with pytest.raises(ValueError, match="unknown instruction set sse9"):
         native.use_instruction_set("sse9")

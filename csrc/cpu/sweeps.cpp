@@ -321,9 +321,10 @@ int64_t step(const Table& table, void* const* w, const void* const* g, const Upd
         if (update.master == nullptr) kernels.widen[own](weights, n, wide_weights);
         weights = update.master == nullptr ? wide_weights : static_cast<float*>(update.master) + at;
       }
-      void* states[kMaxStates];
+      void* states[kMaxStates] = {};
       for (int s = 0; s < kMaxStates; ++s)
-        states[s] = static_cast<char*>(update.states[s]) + at * state_bytes;
+        if (update.states[s] != nullptr)
+          states[s] = static_cast<char*>(update.states[s]) + at * state_bytes;
       Metric metric = update.metric;
       metric.float32 = float32;
       if (metric.moment != nullptr)
