@@ -59,7 +59,7 @@ def check(params: list[nn.Parameter], runs: dict[str, Callable[[], object]]) -> 
     bound = 2 * torch.finfo(params[0].dtype).eps
     for name in ("pyreg in the loss", "accumulate_"):
         params[0].grad.zero_()
-        value = float(runs[name]())
+        value = runs[name]().item()
         off = (params[0].grad.double() - gradient).abs().max() / gradient.abs().max()
         if not (math.isclose(value, exact, rel_tol=1e-6) and off <= bound):
             sys.exit(f"{name}: its value or gradient is wrong")

@@ -151,6 +151,7 @@ def test_what_runs_beside_each_commit(monkeypatch):
     command = [sys.executable, "-P", str(ROOT / "bench" / "compared.py")]
     done = subprocess.run(command, input=job, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
     found = {way: seconds for _, way, seconds in json.loads(done.stdout)}
     assert set(found) == {"pyreg in the loss", "accumulate_", "prox_"}
     assert all(len(seconds) == 9 and min(seconds) > 0 for seconds in found.values())
