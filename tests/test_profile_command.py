@@ -130,7 +130,7 @@ def test_a_factory(capsys, factories):
     assert "of a step" in out
     status, out, _ = run(capsys, f"{factories}:Inner.alone", *QUICK)
     assert status == 0
-    assert "For Linear (2 tensors, " in out
+    assert "For Linear (2 tensors, 0.06 kB) " in out
 
 
 @pytest.mark.parametrize("name", ["lazy", "elsewhere"])
@@ -284,7 +284,11 @@ MISTAKES = {
     "a penalty": (["tiny", "--penalty", "l3:1"], "--penalty: 'l3' is none of l1, l2"),
     "a number short": (["tiny", "--penalty", "mcp:1"], "expected mcp:lam,gamma in numbers"),
     "a strength": (["tiny", "--penalty", "l1:-1"], "--penalty: L1.lam: expected a finite number"),
-    "threads": (["tiny", "--threads", "0"], "--threads: expected a number above 0, got 0"),
+    "threads": (["tiny", "--threads", "0"], "--threads: expected a number above 0 .*, got 0"),
+    "many threads": (
+        ["tiny", "--threads", "99999999"],
+        r"--threads: .* up to \d+ .*, got 99999999",
+    ),
     "seconds": (["tiny", "--seconds", "inf"], "seconds: expected a finite number, 0 or above"),
     "a device": (["tiny", "--device", "mps"], "device: expected cpu or cuda, got mps"),
     "no device": (["tiny", "--device", "nonsense"], "nonsense"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from .ways import LIMITS, WAYS
 from .workloads import WORKLOADS, Workload
 
 STOPPED, FAILED = 130, 1  # exit status; the former as shells have it
+_MOST_THREADS = 16  # for each core; what more of them measures is the system
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -90,8 +92,12 @@ def _run(options: argparse.Namespace) -> int:
     _check_outputs(options)
     penalty = penalty_of(options.penalty)
     if options.threads is not None:
-        if options.threads < 1:
-            raise ValueError(f"--threads: expected a number above 0, got {options.threads}")
+        most = _MOST_THREADS * (os.cpu_count() or 1)
+        if not 0 < options.threads <= most:
+            raise ValueError(
+                f"--threads: expected a number above 0 and up to {most} ({_MOST_THREADS} for each "
+                f"core), got {options.threads}"
+            )
         torch.set_num_threads(options.threads)
     target = _adapted(target_of(options.target), options)
     device = options.device

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .record import megabytes
+from .record import size_of
 from .ways import WAYS
 from .workloads import Workload
 
@@ -91,7 +91,7 @@ def check_free(workload: Workload, needed: int, device: torch.device) -> None:
 
 
 def _gb(n: int) -> str:
-    return f"{n / 1e9:.1f} GB" if n >= 1e8 else f"{megabytes(n)} MB"
+    return f"{n / 1e9:.1f} GB" if n >= 1e8 else size_of(n)
 
 
 def _one(run: Callable[[], object]) -> int:

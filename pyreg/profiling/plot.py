@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .record import Row, megabytes, milliseconds
+from .record import Row, milliseconds, size_of
 
 if TYPE_CHECKING:
     from .result import Profile
@@ -103,7 +103,7 @@ def _memory_bars(axes: Any, rows: Sequence[Row], parameter_bytes: int) -> None:
         if row.extra_bytes is not None:
             axes.barh(y, row.extra_bytes / 1e6, 0.74, color=_colour(row, 0))
             axes.text(
-                row.extra_bytes / 1e6 + 0.02 * most, y, f"{megabytes(row.extra_bytes)} MB",
+                row.extra_bytes / 1e6 + 0.02 * most, y, size_of(row.extra_bytes),
                 va="center", fontsize=8, color=INK,
             )  # fmt: skip
     axes.tick_params(labelleft=False)

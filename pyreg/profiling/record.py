@@ -113,6 +113,11 @@ def megabytes(n: int) -> str:
     return f"{n / 1e6:.0f}" if n >= 1e7 else f"{n / 1e6:.1f}"
 
 
+def size_of(n: int) -> str:
+    """In MB; in kB below 0.1 MB."""
+    return f"{n / 1e3:.3g} kB" if n < 1e5 else f"{megabytes(n)} MB"
+
+
 @dataclass(frozen=True)
 class Record:
     """All rows of a session, with the environment that they hold for."""

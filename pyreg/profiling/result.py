@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .record import Record, Row, megabytes, milliseconds, percent, table_of
+from .record import Record, Row, milliseconds, percent, size_of, table_of
 from .ways import STEP, UPDATE
 
 # What to write in a program, by way.
@@ -63,8 +63,8 @@ class Profile(Record):
         if not said:
             stopped = "" if self.complete else " before it was stopped"
             return f"Nothing was measured that regularizes this model{stopped}."
-        size = megabytes(self.parameter_bytes)
-        of = f"For {first.workload} ({first.tensors:,} tensors, {size} MB) with {self.penalty}"
+        size = size_of(self.parameter_bytes)
+        of = f"For {first.workload} ({first.tensors:,} tensors, {size}) with {self.penalty}"
         stopped = "" if self.complete else " (stopped before all was measured)"
         return f"{of}, {'; '.join(said)}{stopped}."
 
