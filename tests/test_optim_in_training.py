@@ -415,3 +415,21 @@ def test_complex_parameters_are_torchs(native):
     p.grad = torch.ones_like(p)
     optim.SGD([p], lr=0.5).step()
     assert p.tolist() == [0.5] * 3
+
+
+def test_a_step_by_torch_does_not_gather_all_names_for_each(monkeypatch):
+    """The parameters' names are for errors: as often for many parameters as for few."""
+    gathered = []
+    own = optim.SGD._named
+    monkeypatch.setattr(optim.SGD, "_named", lambda self: gathered.append(1) or own(self))
+    often = []
+    for n in (3, 30):
+        params = {str(i): nn.Parameter(torch.ones(4)) for i in range(n)}
+        rule = pyreg.L1(0.02, anchor={name: torch.zeros(4) for name in params})
+        optimizer = optim.SGD(params.values(), lr=0.1, regularizer=pyreg.Regularizer(params, rule))
+        for p in params.values():
+            p.grad = torch.ones(4)
+        gathered.clear()
+        optimizer.step()
+        often.append(len(gathered))
+    assert often[0] == often[1]

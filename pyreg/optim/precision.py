@@ -231,10 +231,12 @@ class LowPrecision(Optimizer):
         return [(name or f"params[{i}]", p) for i, (name, p) in enumerate(named)]
 
     def _label(self, tensors: Sequence[Tensor]) -> Label:
+        places: dict[int, tuple[int, str]] = {}  # of every parameter, once one is asked for
+
         def named(i: int) -> str:
-            everyone = self._named()
-            k = next(k for k, (_, p) in enumerate(everyone) if p is tensors[i])
-            name = everyone[k][0]
+            if not places:
+                places.update((id(p), (k, name)) for k, (name, p) in enumerate(self._named()))
+            k, name = places[id(tensors[i])]
             return label(k) if name == label(k) else label(k, name)
 
         return named
