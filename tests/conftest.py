@@ -103,12 +103,12 @@ def kernels(on_host, monkeypatch):
     monkeypatch.setattr(dispatch, "_NATIVE_ON", {"cpu": ("cuda", "CudaBackend")})
     dispatch.backend.cache_clear()
     cuda._no_gpu.cache_clear()
-    cuda.unserved.cache_clear()
+    cuda._served.clear()
     with pyreg.use_backend("native"):
         yield cuda.CudaBackend()
     dispatch.backend.cache_clear()
     cuda._no_gpu.cache_clear()
-    cuda.unserved.cache_clear()
+    cuda._served.clear()
 
 
 @pytest.fixture(scope="session")

@@ -15,13 +15,30 @@ from pyreg.profiling.memory import peak_extra_bytes
 
 
 def capture(device: torch.device, run: Callable[[], object]) -> Callable[[], object]:
-    """The replay of a CUDA graph of `run`; on the CPU, run itself."""
+    """The replay of a CUDA graph of `run`; on the CPU, run itself, as if it were captured."""
     if device.type == "cpu":
-        return run
+        return as_if_captured(run)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
     return graph.replay
+
+
+def as_if_captured(run: Callable[[], object]) -> Callable[[], object]:
+    """On CPU tensors: what a capture refuses raises."""
+    from pyreg.triton_kernels import launch, layout
+
+    def capturing(device: torch.device) -> launch.Queue:
+        return launch.Queue(None, True)
+
+    def captured() -> None:
+        before, layout.current = layout.current, capturing
+        try:
+            run()
+        finally:
+            layout.current = before
+
+    return captured
 
 
 def launches(device: torch.device, run: Callable[[], object]) -> list[str]:

@@ -6,6 +6,9 @@ tensors. Results must be the CPU sweeps' to the bit. Streams, real captures and 
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from cases import DTYPES, REGULAR, fill, penalties
@@ -294,8 +297,46 @@ def test_a_capture_needs_a_warm_up(kernels, monkeypatch):
         tensors[0] = torch.zeros(2)
         with pytest.raises(RuntimeError, match="a tensor or a strength that is a number has chang"):
             kernels.value(pack, tensors, rules)
-    table = pack.layouts["native"]._tables["value"]
-    assert len(table._captured) == 1  # kept for the graph
+
+
+def test_a_graph_outlives_its_pack(kernels, monkeypatch):
+    """Its table, scratch and numbers stay where they are, whatever becomes of the pack."""
+    count = cuda.load().max_by_value + 1
+    tensors, rules = [torch.ones(2) for _ in range(count)], [pyreg.L1(1.0)]
+    metrics = [Metric(torch.ones(2), torch.tensor(0.1)) for _ in tensors]
+    pack = pack_of(tensors, rules)
+
+    def sweep(pack):
+        kernels.value(pack, tensors, rules)
+        kernels.prox_in_metric(pack, tensors, metrics, rules)
+
+    sweep(pack)
+    monkeypatch.setattr(cuda, "_kept_for_graphs", {})
+    state = pack.layouts["native"]
+    with monkeypatch.context() as during:
+        during.setattr(cuda, "_current", lambda device: cuda._Queue(None, True))
+        sweep(pack)
+    used = [state._scratch[-1, False], state._numbers]
+    used += [state._tables[verb]._data for verb in ("value", "prox_in_metric")]
+    others = [state._scratch[0, False]]
+    gone = [weakref.ref(t) for t in others]
+    kept = [(weakref.ref(t), t.data_ptr()) for t in used]
+    del pack, state, used, others
+    gc.collect()
+    assert all(t() is None for t in gone)
+    assert all(t() is not None and t().data_ptr() == at for t, at in kept)
+
+
+def test_what_stopped_the_kernels_once_is_asked_again(kernels, on_host, monkeypatch):
+    """(Memory that was short as they were loaded, say.) Nor is it asked during a capture."""
+    answers = iter(["out of memory", "", "not asked again"])
+    monkeypatch.setattr(on_host, "unserved", lambda index: next(answers))
+    with monkeypatch.context() as during:
+        during.setattr(cuda, "_current", lambda device: cuda._Queue(None, True))
+        assert cuda.unserved(0) is None
+    assert cuda.unserved(0) == "out of memory"
+    assert cuda.unserved(0) is None
+    assert cuda.unserved(0) is None
 
 
 def test_streams_have_scratch_of_their_own(kernels, monkeypatch):

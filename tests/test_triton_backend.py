@@ -5,12 +5,16 @@ The interpreter runs programs one after the other: this says nothing about races
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
+import weakref
+from functools import partial
 
 import pytest
 import torch
-from device import launches
+from device import as_if_captured, launches
+from swept import Sweeps
 from torch import nn
 
 import pyreg
@@ -273,3 +277,23 @@ def test_auto_prefers_native_for_cpu_tensors():
         assert "native" in str(pyreg.Regularizer(net(), pyreg.L1(1.0))) or (
             not pyreg.backends()[0].available
         )
+
+
+def test_a_graph_outlives_its_pack(monkeypatch):
+    """Its tables and scratch stay, whatever becomes of the pack that it was captured with."""
+    from pyreg.triton_kernels import launch
+
+    monkeypatch.setattr(launch, "_kept_for_graphs", {})
+    sweeps = Sweeps([torch.ones(5), torch.ones(7)], PENALTIES[:1], backend="triton")
+    gradients = [torch.zeros_like(t) for t in sweeps.tensors]
+    sweeps.accumulate(gradients)
+    as_if_captured(partial(sweeps.accumulate, gradients))()
+    layout = sweeps.pack.layouts["triton"].layout
+    plan, addresses_of = layout._by_rule, layout._addresses
+    used = [*plan._scratch[-1], *(table._data for table in plan._tables)]
+    used += [addresses_of[of]._table._data for of in ("w", "g")]
+    kept, gone = [weakref.ref(t) for t in used], [weakref.ref(t) for t in plan._scratch[0]]
+    del sweeps, layout, plan, addresses_of, used
+    gc.collect()
+    assert all(t() is not None for t in kept)
+    assert all(t() is None for t in gone)

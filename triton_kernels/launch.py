@@ -140,10 +140,19 @@ def _warm_up(what: str) -> RuntimeError:
     )
 
 
+# What captured graphs go on using. A graph may outlive the layout that it was captured with, and
+# nobody says when it is gone.
+_kept_for_graphs: dict[int, Tensor] = {}
+
+
+def keep_for_graphs(*tensors: Tensor) -> None:
+    _kept_for_graphs.update((id(t), t) for t in tensors)
+
+
 class Table:
     """int64 numbers in device memory, copied on one stream; other streams wait for the copy.
 
-    It never changes: a captured graph goes on reading the one that it was captured with.
+    It never changes, as a captured graph goes on reading it.
     """
 
     def __init__(self, numbers: Tensor, device: torch.device, queue: Queue) -> None:
@@ -160,6 +169,8 @@ class Table:
             queue.stream.wait_event(self._copied)
             self._data.record_stream(queue.stream)
             self._ordered.add(queue.key)
+        if queue.capturing:
+            keep_for_graphs(self._data)
         return self._data
 
 
@@ -173,7 +184,6 @@ class Latest:
         self._device, self._changed = device, changed
         self._numbers = b""
         self._table: Table | None = None
-        self._captured: list[Table] = []
 
     def on(self, queue: Queue, numbers: bytes) -> Tensor:
         if self._table is None or numbers != self._numbers:
@@ -182,8 +192,6 @@ class Latest:
             host = torch.frombuffer(bytearray(numbers), dtype=torch.int64)
             self._table = Table(host, self._device, queue)
             self._numbers = numbers
-        if queue.capturing and self._table not in self._captured:
-            self._captured.append(self._table)
         return self._table.on(queue)
 
 
@@ -254,6 +262,8 @@ class Plan:
                     ),
                     torch.zeros(self._cut.n_groups + 1, dtype=torch.int32, device=self._device),
                 )
+        if queue.capturing:
+            keep_for_graphs(*self._scratch[queue.key])
         return self._scratch[queue.key]
 
 

@@ -35,10 +35,24 @@ def version_text(version: int) -> str:
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
-@cache
+_served: set[int] = set()  # devices on which the kernels were seen to load
+
+
 def unserved(index: int) -> str | None:
-    """Why the compiled kernels do not run on this device, or None."""
-    return load().unserved(index) or None
+    """Why the compiled kernels do not run on this device, or None.
+
+    Only success is remembered, as memory that is short now may be there later. Nor is it asked of
+    a stream that is captured, where loading them would end the capture.
+    """
+    if index in _served:
+        return None
+    device = torch.device(load().device_type, index)
+    with _on(device):
+        if _current(device).capturing:
+            return None
+    if (why := load().unserved(index)) == "":
+        _served.add(index)
+    return why or None
 
 
 @cache
@@ -66,9 +80,21 @@ class _Queue(NamedTuple):
 
 
 def _current(device: torch.device) -> _Queue:
+    """(Within `_on(device)`.)"""
     if device.type == "cpu":
         return _Queue(None, False)
     return _Queue(torch.cuda.current_stream(device), torch.cuda.is_current_stream_capturing())
+
+
+# What captured graphs go on using. A graph may outlive the pack that it was captured with, and
+# nobody says when it is gone.
+_kept_for_graphs: dict[int, Tensor] = {}
+
+
+def _kept(t: Tensor, queue: _Queue) -> Tensor:
+    if queue.capturing:
+        _kept_for_graphs[id(t)] = t
+    return t
 
 
 def _on(device: torch.device) -> Any:
@@ -85,14 +111,13 @@ def _warm_up(what: str) -> RuntimeError:
 class _Table:
     """The tensors of a sweep in device memory, for more of them than fit into a launch.
 
-    A copy never changes: a captured graph goes on reading the one that it was captured with.
+    A copy never changes, as a captured graph goes on reading it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._data: Tensor | None = None
         self._ordered: set[int] = set()  # streams whose work comes after the copy
-        self._captured: list[Tensor] = []
 
     def on(self, queue: _Queue, given: bytes | int) -> int:
         """The address of these bytes on the device, copied now; or of the last ones."""
@@ -116,9 +141,7 @@ class _Table:
             queue.stream.wait_event(self._copied)
             self._data.record_stream(queue.stream)
             self._ordered.add(queue.key)
-        if queue.capturing and not any(self._data is t for t in self._captured):
-            self._captured.append(self._data)
-        return self._data.data_ptr()
+        return _kept(self._data, queue).data_ptr()
 
 
 class _State:
@@ -154,8 +177,8 @@ class _State:
             return numbers
         if self._numbers is None:
             self._numbers = torch.empty(len(numbers), dtype=torch.float64, device=self._device)
-        kept = self._numbers.unbind()
-        with torch.no_grad():
+        with _on(self._device), torch.no_grad():
+            kept = _kept(self._numbers, _current(self._device)).unbind()
             torch._foreach_copy_(
                 [kept[i] for i in tensors], [x.reshape(()) for x in tensors.values()]
             )
@@ -166,12 +189,14 @@ class _State:
     ) -> list[float] | Tensor:
         """A step's numbers: in the launch, or, where a table tells of the tensors, in device memory
         at the same place as before, lest the table change at every step."""
+        with _on(self._device):
+            queue = _current(self._device)
         in_table = not load().step_fits(self._rows, 0)
         if not isinstance(numbers, Tensor):
             flat = flat_sets(numbers)
             if load().step_fits(self._rows, len(numbers)):
                 return flat
-            if _current(self._device).capturing:
+            if queue.capturing:
                 raise RuntimeError(
                     "a CUDA graph is being captured, and an optimizer's learning rate or step "
                     "count is on the host: take capturable=True"
@@ -184,7 +209,7 @@ class _State:
         if self._sets is None or self._sets.numel() != numbers.numel():
             self._sets = torch.empty(numbers.numel(), dtype=torch.float64, device=self._device)
         with torch.no_grad():
-            return self._sets.copy_(numbers.reshape(-1), non_blocking=True)
+            return _kept(self._sets, queue).copy_(numbers.reshape(-1), non_blocking=True)
 
     def _scratch_of(self, queue: _Queue, stats: bool) -> Tensor:
         """A zeroed counter and partials: one for each stream, one for captured graphs."""
@@ -197,7 +222,7 @@ class _State:
                     self._scratch[key, stats] = torch.zeros(
                         size, dtype=torch.uint8, device=self._device
                     )
-        return self._scratch[queue.key, stats]
+        return _kept(self._scratch[queue.key, stats], queue)
 
 
 class CudaBackend:

@@ -45,7 +45,6 @@ class _State:
         self.layout = load().Layout(tensors, pack.rule_of, list(pack.penalties), pack.anchors)
         # By stream, as one does not wait for another: numbers, and they on the device.
         self.strengths: dict[int, tuple[tuple[float, ...], Tensor]] = {}
-        self.captured: list[Tensor] = []  # those that a CUDA graph goes on reading
 
 
 class TritonBackend:
@@ -265,7 +264,7 @@ class TritonBackend:
                     "a strength that is a number cannot change while a CUDA graph is captured: "
                     "run this sweep once before, or make the strength a 0-dim tensor on the device"
                 )
-            state.captured.append(known[0])
+            load().keep_for_graphs(known[0])
             return known[0]
         stream = 0
         if pack.device.type == "cuda":
