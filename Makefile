@@ -57,14 +57,15 @@ docs: $(VENV)/built
 	$(PY) -P -m mkdocs build --strict
 
 # All that needs a GPU, in one command without a network: `make gpu-check OUT=folder WHEELS=folder`.
-# DRY_RUN=1 walks its steps on a machine without one.
+# DRY_RUN=1 walks its steps on a machine without one; ONLY="tests figures" takes some of them.
 OUT ?= gpu-results
 ifdef DRY_RUN
 gpu-check: $(VENV)/built
 	$(PY) -m bench.gpu $(OUT) --dry-run $(if $(WHEELS),--wheels $(WHEELS))
 else
 gpu-check:
-	$(PYTHON) -m bench.gpu $(OUT) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(COMMIT),--commit $(COMMIT))
+	$(PYTHON) -m bench.gpu $(OUT) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(COMMIT),--commit $(COMMIT)) \
+		$(if $(ONLY),--only $(ONLY))
 endif
 
 # What a GPU machine without a network may lack, for its Python: carry the folder there.
@@ -72,7 +73,8 @@ GPU_PYTHON := 3.12
 gpu-wheels: $(VENV)/installed
 	$(PY) -m pip download --only-binary=:all: --python-version $(GPU_PYTHON) --no-deps -d wheels \
 		--platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 --platform any \
-		pytest==9.0.1 pluggy iniconfig packaging pygments hypothesis==6.155.2 sortedcontainers \
+		pytest==9.0.1 pytest-xdist==3.8.0 execnet pluggy iniconfig packaging pygments \
+		hypothesis==6.155.2 sortedcontainers \
 		pybind11==3.0.1 setuptools==80.9.0 \
 		matplotlib==3.10.7 contourpy cycler fonttools kiwisolver pillow pyparsing python-dateutil six
 

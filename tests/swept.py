@@ -168,10 +168,14 @@ def flat(tensors: list[Tensor]) -> Tensor:
 
 
 def mixed(
-    seed: str = "mixed", place: Place = ON_CPU, elements: int = 3 * CHUNK
+    seed: str = "mixed",
+    place: Place = ON_CPU,
+    elements: int = 3 * CHUNK,
+    rules: list[Penalty] | None = None,
 ) -> tuple[list[Tensor], list[Penalty], list[int]]:
     """Every dtype under every penalty in one call, with an empty tensor before each."""
-    rules, tensors, rule_of = list(filter(place.serves, penalties())), [], []
+    rules = list(filter(place.serves, penalties())) if rules is None else rules
+    tensors, rule_of = [], []
     for r in range(len(rules)):
         for i, dtype in enumerate(DTYPES):
             sizes = (0, elements + 7 * r + i)

@@ -52,8 +52,10 @@ def size(place: Place, real: int, rehearsed: int) -> int:
 
 
 def everything(place: Place) -> tuple[list[Tensor], list[Penalty], list[int]]:
-    """Every dtype under every penalty."""
-    return mixed(place=place, elements=size(place, 12_288, 100))
+    """Every dtype under every penalty; for Triton, which compiles for minutes then, under three."""
+    compiled = place.backend == "triton" and place.device == "cuda"
+    few = [pyreg.L1(0.3), pyreg.L2(0.07), BOTH] if compiled else None
+    return mixed(place=place, elements=size(place, 12_288, 100), rules=few)
 
 
 def parameters(place: Place, count: int = 3, dtype: torch.dtype = torch.float32) -> list:

@@ -1,8 +1,8 @@
 """Build, test, check and measure on a GPU, without a network, within eight minutes.
 
 Each step runs in a process of its own with a limit of its own; one that fails does not stop the
-later ones. OUT then holds gpu.log, steps.json, tests.xml and what figures.py writes. This file
-imports the standard library alone, as nothing else may be there yet.
+later ones. OUT then holds gpu.log, steps.json, tests.xml, sweeps.xml and what figures.py writes.
+This file imports the standard library alone, as nothing else may be there yet.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TOTAL = 470  # seconds for all steps
+GRACE = 10  # seconds for a step to end by itself, at its limit
+TOOLS = ("memcheck", "racecheck", "initcheck")
+CHOICES = ("kernels", "tests", "memory", "figures", "counters")  # the others make them ready
 NEEDED = ("torch", "pytest", "hypothesis", "pybind11", "setuptools")
 VERSIONS = """
 import platform, torch
@@ -59,6 +62,7 @@ class Check:
 
     out: Path
     dry: bool
+    only: list[str] = field(default_factory=list)  # of the CHOICES; none: all
     steps: list[Step] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
     began: float = field(default_factory=time.monotonic)
@@ -72,16 +76,23 @@ class Check:
         limit: float,
         *commands: list[str],
         environment: Mapping[str, str] | None = None,
-    ) -> str:
+    ) -> list[str]:
         """One step: all commands at once; it fails if one does, or at its limit.
 
-        Returns the last line of output.
+        Returns each command's last line of output.
         """
-        step = Step(name, min(limit, TOTAL - (time.monotonic() - self.began)))
+        if name in CHOICES and self.only and name not in self.only:
+            self.skip(name, "not asked for")
+            return []
+        if self.dry:  # on two cores, or shared ones: the limits are a GPU machine's
+            limit *= 4
+        else:
+            limit = max(0.0, min(limit, TOTAL - (time.monotonic() - self.began)))
+        step = Step(name, limit)
         self.steps.append(step)
         print(f"{name} ...", flush=True)
         start = time.monotonic()
-        failed = last = ""
+        failed, lasts = "", []
         with tempfile.TemporaryDirectory() as folder:
             running = [
                 (Path(folder, str(i)), self._start(command, Path(folder, str(i)), environment))
@@ -92,17 +103,17 @@ class Check:
                     code = process.wait(max(0.0, start + step.limit - time.monotonic()))
                     why = f"exit status {code}" if code else ""
                 except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
+                    stop(process)
                     why = f"stopped after its {step.limit:.0f} s"
                 text = path.read_text(errors="replace")
                 self._log(f"== {name}: {' '.join(process.args)}\n{text}{why}\n")
                 last = next((line for line in reversed(text.splitlines()) if line.strip()), "")
+                lasts.append(last)
                 if why and not failed:
                     failed = f"{why}: {last[:90]}"
         step.seconds = time.monotonic() - start
         step.result, step.reason = ("failed", failed) if failed else ("passed", "")
-        return last
+        return lasts
 
     def _start(
         self, command: list[str], output: Path, environment: Mapping[str, str] | None
@@ -137,6 +148,17 @@ class Check:
         return 1 if any(step.result == "failed" for step in self.steps) else 0
 
 
+def stop(process: subprocess.Popen) -> None:
+    """Interrupt it, so that it writes what it has; then end it, with its children."""
+    for signal_, seconds in ((signal.SIGINT, GRACE), (signal.SIGKILL, None)):
+        os.killpg(process.pid, signal_)
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            continue
+        break
+
+
 def install(check: Check, wheels: Path | None, work: Path, architecture: str) -> None:
     """pyreg and what it is tested with, in folders that come first on the path."""
     packages, site = work / "packages", work / "site"
@@ -159,17 +181,33 @@ def install(check: Check, wheels: Path | None, work: Path, architecture: str) ->
     check.run("build", 300, [*pip, "--no-build-isolation", "--target", str(site), str(ROOT)])
 
 
-def sanitize(check: Check, tool: str, python: list[str]) -> None:
-    """The selection under one tool of compute-sanitizer; in a dry run by itself."""
-    command = [*python, "-m", "bench.gpu.selection"]
-    # Each tensor an allocation of its own, so that the byte behind it belongs to nobody.
-    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+def memory(check: Check, python: list[str]) -> None:
+    """The selection under each tool of compute-sanitizer; in a dry run by itself."""
+    selection = [*python, "-m", "bench.gpu.selection"]
+    commands = [selection]
     if not check.dry:
         if shutil.which("compute-sanitizer", path=check.environment["PATH"]) is None:
-            check.skip(tool, "compute-sanitizer is not on the path")
+            check.skip("memory", "compute-sanitizer is not on the path")
             return
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *command]
-    check.run(tool, 45, command, environment=environment)
+        sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
+        commands = [[*sanitizer, tool, *selection] for tool in TOOLS]
+    # Each tensor an allocation of its own, so that the byte behind it belongs to nobody.
+    check.run("memory", 80, *commands, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+
+
+def tests(check: Check, python: list[str]) -> None:
+    """What only a GPU can show, and beside it every sweep against the oracle, on many cores."""
+    pytest = [*python, "-m", "pytest", "--import-mode=importlib", "-p", "no:cacheprovider", "-rs"]
+    commands = [[*pytest, f"--junitxml={check.out}/tests.xml", "tests/test_gpu.py"]]
+    if not check.dry:  # in the dry run `make test` has run the others
+        several = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+        sweeps = ["tests/test_sweeps.py", "-m", "gpu", *several]
+        commands.append([*pytest, f"--junitxml={check.out}/sweeps.xml", *sweeps])
+    summaries = check.run("tests", 140, *commands)
+    step = check.steps[-1]
+    if step.result == "passed":  # as it is for pytest when all were skipped
+        ran = all("passed" in summary for summary in summaries)
+        step.result, step.reason = ("passed" if ran else "failed"), "; ".join(summaries)
 
 
 def steps(check: Check, wheels: Path | None, commit: str, work: Path) -> None:
@@ -180,7 +218,7 @@ def steps(check: Check, wheels: Path | None, commit: str, work: Path) -> None:
         check.skip("nvidia-smi", "is not on the path")
     else:
         check.run("nvidia-smi", 20, [smi])
-    architecture = check.run("versions", 60, [*python, "-c", VERSIONS])
+    (architecture,) = check.run("versions", 60, [*python, "-c", VERSIONS])
     if (ROOT / ".git").exists() and shutil.which("git"):
         check.run("commit", 10, ["git", "log", "-1", "--oneline"], ["git", "status", "--short"])
     else:
@@ -188,27 +226,20 @@ def steps(check: Check, wheels: Path | None, commit: str, work: Path) -> None:
     install(check, wheels, work, architecture)
     check.run("backends", 60, [*python, "-c", SERVING])
     # Triton compiles a kernel on one core and keeps it on disk: here on all of them.
-    parts = 13 if check.dry else min(13, os.cpu_count() or 1)
+    parts = os.cpu_count() or 1
     share = [*python, "-m", "bench.gpu.selection", "--share"]
-    shares = [[*share, str(i), str(parts)] for i in range(1 if check.dry else parts)]
+    shares = (
+        [[*share, "0", "37"]] if check.dry else [[*share, str(i), str(parts)] for i in range(parts)]
+    )
     check.run("kernels", 60, *shares)
-    pytest = [*python, "-m", "pytest", "--import-mode=importlib", "-p", "no:cacheprovider"]
-    selection = ["tests/test_gpu.py"]
-    if not check.dry:  # in the dry run `make test` has run the others
-        selection += ["tests/test_sweeps.py", "-m", "gpu"]
-    tests = [*pytest, f"--junitxml={check.out}/tests.xml", "-rs", *selection]
-    summary = check.run("tests", 170, tests)
-    step = check.steps[-1]
-    if step.result == "passed":  # as it is for pytest when all were skipped
-        step.result, step.reason = ("passed" if "passed" in summary else "failed"), summary
-    figures = [*python, "-m", "bench.gpu.figures", "--out", str(check.out), "--seconds", "100"]
-    check.run("figures", 120, [*figures, "--commit", commit, *dry])
+    tests(check, python)
+    memory(check, python)
+    figures = [*python, "-m", "bench.gpu.figures", "--out", str(check.out), "--seconds", "90"]
+    check.run("figures", 110, [*figures, "--commit", commit, *dry])
     counted = [*python, "-m", "pyreg", "profile", "tiny" if check.dry else "gpt2", "--counters"]
     ways = ["--ways", "loop", "foreach", "pyreg in the loss", "pyreg accumulate_", "pyreg prox_"]
     json_file = ["--json", str(check.out / "counters.json")]
     check.run("counters", 40, [*counted, "--seconds", "0.2", *ways, *json_file])
-    for tool in ("memcheck", "racecheck", "initcheck"):
-        sanitize(check, tool, python)
 
 
 def main() -> int:
@@ -217,9 +248,12 @@ def main() -> int:
     parser.add_argument("--wheels", type=Path, help="folder of wheels to install first")
     parser.add_argument("--commit", default="", help="to record where the files are no checkout")
     parser.add_argument("--dry-run", action="store_true", help="every step, on CPU tensors")
+    parser.add_argument(
+        "--only", nargs="*", choices=CHOICES, default=[], metavar="STEP", help=", ".join(CHOICES)
+    )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    check = Check(options.out.resolve(), options.dry_run)
+    check = Check(options.out.resolve(), options.dry_run, options.only)
     (check.out / "gpu.log").write_text("")
     # Last on the path: where CUDA's tools are by default.
     check.environment["PATH"] += os.pathsep + "/usr/local/cuda/bin"

@@ -1,7 +1,7 @@
 """Every sweep over a few odd tensors, on each backend of the device: for a memory checker.
 
     python -m bench.gpu.selection               # all dtypes in one pack, under L1, L2, elastic net;
-                                                # natively also under every penalty, and in a metric
+                                                # natively also under every penalty, and stepped
     python -m bench.gpu.selection --share 2 16  # part 2 of 16 of all kinds: compiles their kernels
 
 The results are looked at only for being finite: whether they are right, the tests say.
@@ -21,7 +21,8 @@ from pyreg.penalties import Penalty
 from pyreg.profiling.ways import serving
 from pyreg.reference import FORMULAS
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# (In the order of tests/cases.py: a kernel of several is one of that order.)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 PENALTIES = (pyreg.L1(0.3), pyreg.L2(0.07), pyreg.ElasticNet(0.3, 0.07))
 DIFFERENTIABLE = tuple(p for p in EXAMPLES if FORMULAS[p.name].grad is not None)
 SIZES = (0, 1, 1025, 5000)
@@ -36,11 +37,13 @@ def odd(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
 def sweep(named: list[tuple[str, nn.Parameter]], rules: dict[str, Penalty]) -> None:
     """All sweeps but the prox in a metric."""
     reg = pyreg.Regularizer(named, rules)
-    reg().backward()
-    values = [reg.accumulate_(0.5), reg.stats().l1.sum()]
+    values = [reg(), reg.stats().l1.sum()]
+    if all(FORMULAS[rule.name].grad is not None for rule in rules.values()):
+        values[0].backward()
+        values.append(reg.accumulate_(0.5))
     reg.prox_(0.1)
     assert all(value.isfinite() for value in values)
-    assert all(t.isfinite().all() for _, p in named for t in (p, p.grad))
+    assert all(p.isfinite().all() and (p.grad is None or p.grad.isfinite().all()) for _, p in named)
 
 
 def sweep_in_metric(named: list[tuple[str, nn.Parameter]], rules: dict[str, Penalty]) -> None:
@@ -84,12 +87,15 @@ def main() -> None:
     parser.add_argument("--share", type=int, nargs=2, metavar=("PART", "OF"))
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = kinds(device)
-    chosen = found[-1:] if options.share is None else found[options.share[0] :: options.share[1]]
+    chosen = kinds(device)[-1:]
+    if options.share is not None:
+        part, parts = options.share
+        chosen = [*kinds(device, EXAMPLES)[:-1], *chosen][part::parts]
     for backend in serving(device):
         with pyreg.use_backend(backend):
             for named, rules in chosen:
                 sweep(named, rules)
+                sweep_in_metric(named, rules)
             if backend == "native" and options.share is None:
                 for penalties in (PENALTIES, DIFFERENTIABLE):  # (two families of kernels)
                     named, rules = kinds(device, penalties)[-1]
