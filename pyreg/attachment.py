@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 Mode = Literal["grad", "prox"]
 Coupling = Literal["lr", "schedule", "none"]
+FIRST_LR = "penalty_initial_lr"  # a param group's, for coupling="schedule"
 
 
 def untraced(hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,44 +63,67 @@ class Attachment:
                 "mode='grad' is coupled to the learning rate, by which the optimizer multiplies "
                 f"every gradient; coupling={coupling!r} is for mode='prox'"
             )
+        if mode == "prox" and any(g.get("master_weights") for g in optimizer.param_groups):
+            raise ValueError(
+                "the optimizer's master weights would undo the proximal step: pass regularizer= to "
+                "the optimizer instead"
+            )
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError(
                 "LBFGS evaluates its objective several times a step, with a line search on its "
                 "value: add reg() to the loss in the closure instead"
             )
         self.reg, self.optimizer, self.mode = reg, optimizer, mode
-        check_held(reg, optimizer)
+        self._held: tuple[Any, ...] = ()
+        self._check_held()
         self._coupling = coupling
         self._metric = identity if metric == "identity" or mode == "grad" else metric_of(optimizer)
         self._check_groups()
+        self._has_gradient: set[int] | None = (
+            None  # (by id) before the step; None: it has a closure
+        )
+        self._added = True  # whether a step's closure was called
+        self._read = False  # whether the metric was found in the optimizer's state
+        before = self._before_adding if mode == "grad" else self._before_prox
+        after = self._after_adding if mode == "grad" else self._after_prox
         if mode == "grad":
             reg.check_differentiable()
-            self._handles = [optimizer.register_step_pre_hook(untraced(self._before))]
-        else:
-            # A schedule must not fail when the weights have moved already.
-            self._handles = [
-                optimizer.register_step_pre_hook(untraced(self._check)),
-                optimizer.register_step_post_hook(untraced(self._after)),
-            ]
+        self._handles = [
+            optimizer.register_step_pre_hook(untraced(_once_a_step(before))),
+            optimizer.register_step_post_hook(untraced(_once_a_step(after))),
+        ]
 
     def detach(self) -> None:
         for handle in self._handles:
             handle.remove()
+        for group in self.optimizer.param_groups:
+            group.pop(FIRST_LR, None)
         self.reg.release(self)
 
-    def _check(self, *_: Any) -> None:
-        self.reg.check_ready()
-        self._check_groups()
+    def _check_held(self) -> None:
+        """When parameters or param groups are others than at the last call."""
+        groups = [len(group["params"]) for group in self.optimizer.param_groups]
+        now = (self.reg._active(), *groups)
+        if now != self._held:
+            check_held(self.reg, self.optimizer)
+            self._held = now
 
     def _check_groups(self) -> None:
-        for group in self.optimizer.param_groups:
-            if self._coupling == "schedule":
-                _rate(self._coupling, group)
+        groups, scheduled = self.optimizer.param_groups, self._coupling == "schedule"
+        for group in groups:
+            if scheduled:
+                _first_rate(group)
             if self._metric is not identity:
                 gain(group)
+        if scheduled:
+            # To be saved and loaded with the optimizer; not where torch's schedulers keep theirs,
+            # as one that is made later would begin there.
+            for group in groups:
+                group[FIRST_LR] = _first_rate(group)
 
-    def _before(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> Any:
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    def _before_adding(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> Any:
+        closure = _closure(args, kwargs)
+        self._added = closure is None
         if closure is None:
             self._add()
             return None
@@ -106,6 +131,7 @@ class Attachment:
         def penalised() -> Any:
             loss = closure()
             self._add()
+            self._added = True
             return loss
 
         if "closure" in kwargs:
@@ -113,11 +139,39 @@ class Attachment:
         return (args[0], penalised, *args[2:]), kwargs
 
     def _add(self) -> None:
+        self._check_held()
         add_gradients(self.reg, self.optimizer)
+
+    def _after_adding(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not self._added:
+            raise RuntimeError(
+                f"{type(optimizer).__name__} did not call its closure, after which the penalty's "
+                "gradient is added: call backward() before step()"
+            )
         self._count()
 
-    def _after(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.reg._prox(metric_of_rows(self.optimizer, self._metric, self._coupling))
+    # What can be wrong must be said before the weights have moved.
+    def _before_prox(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.reg.check_ready()
+        self._check_held()
+        self._check_groups()
+        if not self._read:
+            self._check_states()
+        self._has_gradient = None
+        if _closure(args, kwargs) is None:
+            self._has_gradient = {id(t) for _, t in self.reg.trainable() if t.grad is not None}
+
+    def _check_states(self) -> None:
+        """Raise ValueError if one that is there already lacks what the metric takes."""
+        state = self.optimizer.state
+        known = {id(t) for _, t in self.reg.trainable() if state.get(t)}
+        with suppress(ArithmeticError):  # a count of 0, which the step raises
+            self.reg.metrics(metric_of_rows(self.optimizer, self._metric, self._coupling, known))
+
+    def _after_prox(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+        moved = self._has_gradient
+        self.reg._prox(metric_of_rows(self.optimizer, self._metric, self._coupling, moved))
+        self._read = True
         self._count()
 
     def _count(self) -> None:
@@ -125,6 +179,33 @@ class Attachment:
         skipped = getattr(self.optimizer, "found_inf", None)
         if skipped is None or skipped.device.type != "cpu" or not skipped.item():
             self.reg.advance()
+
+
+def _closure(args: tuple, kwargs: dict[str, Any]) -> Callable[[], Any] | None:
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    return closure if callable(closure) else None
+
+
+def _once_a_step(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """The hook, but for a step that another of the same optimizer calls, as a subclass's calls its
+    parent's: torch runs the hooks of both where it has met both classes."""
+
+    def call(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> Any:
+        return None if _is_inner(optimizer) else hook(optimizer, args, kwargs)
+
+    return call
+
+
+def _is_inner(optimizer: Optimizer) -> bool:
+    steps = [vars(cls).get("step") for cls in type(optimizer).__mro__]
+    hooked = [step for step in steps if getattr(step, "hooked", False)]
+    if len(hooked) < 2:
+        return False
+    code, running, frame = hooked[0].__code__, 0, sys._getframe()
+    while frame is not None:
+        running += frame.f_code is code and frame.f_locals["args"][0] is optimizer
+        frame = frame.f_back
+    return running > 1
 
 
 def check_held(reg: Regularizer, optimizer: Optimizer) -> None:
@@ -141,9 +222,19 @@ def check_held(reg: Regularizer, optimizer: Optimizer) -> None:
 def add_gradients(reg: Regularizer, optimizer: Optimizer) -> None:
     """Add the penalty's gradients to those that the optimizer is about to use."""
     # An optimizer that unscales gradients itself is given the loss scale for the step.
-    scale = getattr(optimizer, "grad_scale", None)
-    scale = 1.0 if scale is None else scale
+    given = getattr(optimizer, "grad_scale", None)
+    scale = 1.0 if given is None else given
     reg._accumulate(-scale if ascends(optimizer) else scale)
+    if given is None:
+        return
+    # The scaler has looked for overflow already, and would let one of the sum pass.
+    half = [
+        t.grad for _, t in reg.trainable() if t.grad is not None and t.grad.dtype == torch.float16
+    ]
+    if half:
+        largest = torch.finfo(torch.float16).max
+        torch._foreach_clamp_max_(half, largest)
+        torch._foreach_clamp_min_(half, -largest)
 
 
 def ascends(optimizer: Optimizer) -> bool:
@@ -158,8 +249,10 @@ def metric_of_rows(
     optimizer: Optimizer,
     read: Callable[[dict[str, Any], dict[str, Any]], Metric],
     coupling: Coupling = "lr",
+    moved: set[int] | None = None,
 ) -> Callable[[Tensor], Metric | None]:
-    """Each parameter's metric; None for one that the step before did not move."""
+    """Each parameter's metric; None for one that the step before did not move: not among the ids
+    `moved`, or if those are not known, without a gradient."""
     skipped = getattr(optimizer, "found_inf", None)
     groups = {}
     for group in optimizer.param_groups:
@@ -168,7 +261,7 @@ def metric_of_rows(
 
     def metric(p: Tensor) -> Metric | None:
         group, state = groups.get(id(p)), optimizer.state.get(p)
-        if group is None or p.grad is None:
+        if group is None or (p.grad is None if moved is None else id(p) not in moved):
             return None
         if skipped is None:
             return read(group, state)
@@ -176,22 +269,26 @@ def metric_of_rows(
             return None if skipped.item() else read(group, state)
         # Without waiting for the device: a step of 0 changes nothing.
         found = read(group, state)
-        moved = (skipped.to(p.device) == 0).double()
-        return found._replace(numerator=found.numerator * moved)
+        taken = (skipped.to(p.device) == 0).double()
+        return found._replace(numerator=found.numerator * taken)
 
     return metric
 
 
 def _rate(coupling: Coupling, group: dict[str, Any]) -> float | Tensor:
     """What takes the place of a param group's learning rate in the proximal step."""
+    if coupling == "schedule":
+        return group["lr"] / _first_rate(group)
+    return group["lr"] if coupling == "lr" else 1.0
+
+
+def _first_rate(group: dict[str, Any]) -> float | Tensor:
+    """A param group's learning rate when the attachment, or before it a schedule, began.
+
+    Raises ValueError if it is 0.
+    """
     lr = group["lr"]
-    if coupling == "lr":
-        return lr
-    if coupling == "none":
-        return 1.0
-    # Where torch's own schedulers keep it: so it is saved and loaded with the optimizer.
-    first = group.get("initial_lr", lr)
+    first = group.get(FIRST_LR, group.get("initial_lr", lr))
     if not (isinstance(first, Tensor) and first.device.type != "cpu") and first == 0:
         raise ValueError("coupling='schedule': a param group's initial_lr is 0")
-    first = group.setdefault("initial_lr", lr.clone() if isinstance(lr, Tensor) else lr)
-    return lr / first
+    return first.clone() if isinstance(lr, Tensor) and first is lr else first

@@ -209,8 +209,12 @@ class Regularizer:
 
         Raises:
             ValueError: already attached; a penalised parameter (named) is not the optimizer's; an
-                unknown mode, metric or coupling; LBFGS.
+                unknown mode, metric or coupling; a strength that requires a gradient; a proximal
+                step on parameters with master weights; LBFGS. In a step: a parameter (named) that
+                is penalised by now and not the optimizer's; a state (named) without what the metric
+                takes.
             TypeError: no optimizer, or one without step hooks.
+            RuntimeError: a penalty that has no gradient (L0), with mode="grad".
 
         Source: Yun, Lozano, Yang (2021), "Adaptive proximal gradient methods for structured neural
         networks"; Duchi & Singer (2009), "Efficient online and batch learning using forward
@@ -232,6 +236,14 @@ class Regularizer:
             raise ValueError(
                 f"already attached to {type(self._attachment.optimizer).__name__}; detach() first"
             )
+        for pattern, rule in self.rules.items():
+            for name in rule.parameters:
+                s = getattr(rule, name)
+                if isinstance(s, Tensor) and s.requires_grad:
+                    raise ValueError(
+                        f"rules[{pattern!r}]: {name} requires a gradient, which it gets from reg() "
+                        "in the loss only; detach it for a penalty in the optimizer's step"
+                    )
 
     def detach(self) -> None:
         """End what `attach` began; without it, nothing happens."""
@@ -362,13 +374,29 @@ class Regularizer:
     def _prox(self, metric: Callable[[Tensor], Metric | None]) -> None:
         """The proximal step in each parameter's metric; one without a metric is left alone."""
         group = self._active()
-        metrics = [metric(t) for t in group.tensors]
+        metrics = self.metrics(metric)
         group = self._part(group, bytes(m is not None for m in metrics))
         if group.tensors:
             found = [m for m in metrics if m is not None]
             self._last = sweeps.prox_in_metric(
                 group.packs, group.tensors, found, self._penalties, group.label
             )
+
+    def metrics(self, metric: Callable[[Tensor], Metric | None]) -> list[Metric | None]:
+        """Of each parameter that is penalised now.
+
+        Raises ValueError, naming it, if the optimizer's state of one lacks what its metric takes.
+        """
+        group, found = self._active(), []
+        try:
+            for t in group.tensors:
+                found.append(metric(t))
+        except KeyError as error:
+            raise ValueError(
+                f"{group.label(len(found))}: its state in the optimizer lacks {error}, which the "
+                "optimizer's metric is made of; metric='identity' takes nothing from there"
+            ) from None
+        return found
 
     def stats(self) -> Stats:
         """sum |w|, sum w^2, max |w|, zeros and non-finite elements of every covered parameter.

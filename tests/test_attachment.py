@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -173,6 +174,201 @@ def test_a_refusal_leaves_nothing_behind():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     with pytest.raises(ValueError, match="initial_lr is 0"):
         pyreg.Regularizer(model, NET).attach(optimizer, "prox", coupling="schedule")
-    assert "initial_lr" not in optimizer.param_groups[0]
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 0.0})
+    with pytest.raises(ValueError, match="initial_lr is 0"):
+        pyreg.Regularizer(model, NET).attach(optimizer, "prox", coupling="schedule")
+    assert all(
+        set(group) == set(optimizer.defaults) | {"params"} for group in optimizer.param_groups
+    )
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
+
+
+def test_a_schedule_that_is_made_after_a_coupling_begins_where_the_rate_is():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    reg = pyreg.Regularizer(model, NET)
+    reg.attach(optimizer, "prox", coupling="schedule")
+    optimizer.param_groups[0]["lr"] = 0.25
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    assert optimizer.param_groups[0]["lr"] == 0.25
+    reg.detach()
+    assert set(optimizer.param_groups[0]) == {*optimizer.defaults, "params", "initial_lr"}
+
+
+MODES = pytest.mark.parametrize("mode", ["grad", "prox"])
+
+
+def ones(kind: type[torch.optim.Optimizer], **options):
+    """A weight of 10 with the gradient 0, its optimizer at rate 1, and L1(1): a step leaves 9."""
+    w = nn.Parameter(torch.tensor([10.0]))
+    w.grad = torch.zeros(1)
+    return w, kind([w], lr=1.0, **options), pyreg.Regularizer({"w": w}, pyreg.L1(1.0))
+
+
+@MODES
+def test_a_subclass_that_calls_its_parents_step(mode):
+    """torch runs hooks in both, once it has met both classes; also after a step that raised."""
+
+    class Own(torch.optim.SGD):
+        def step(self, closure=None):
+            if self.fails:
+                raise OSError("failed")
+            return super().step(closure)
+
+    torch.optim.SGD([nn.Parameter(torch.ones(1))])
+    w, optimizer, reg = ones(Own)
+    reg.attach(optimizer, mode)
+    for optimizer.fails in (True, False):
+        w.grad = torch.zeros(1)
+        with pytest.raises(OSError, match="failed") if optimizer.fails else nullcontext():
+            optimizer.step()
+    assert w.item() == 9
+    assert reg.step == 1
+
+
+@MODES
+def test_a_step_that_frees_gradients(mode):
+    class Own(torch.optim.SGD):
+        def step(self, closure=None):
+            with torch.no_grad():
+                for p in self.param_groups[0]["params"]:
+                    p -= self.param_groups[0]["lr"] * p.grad
+            self.zero_grad()
+
+    w, optimizer, reg = ones(Own)
+    reg.attach(optimizer, mode)
+    optimizer.step()
+    assert w.item() == 9
+    assert w.grad is None
+
+
+@MODES
+def test_a_parameter_that_the_optimizer_does_not_hold_by_now(mode):
+    model = net()
+    model[2].requires_grad_(False)
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    reg = pyreg.Regularizer(model, NET)
+    reg.attach(optimizer, mode)
+    model[2].weight.requires_grad_()
+    refused_step(model, optimizer, "the optimizer does not hold '2.weight'")
+    model[2].weight.requires_grad_(False)
+    optimizer.step()
+    model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+    refused_step(model, optimizer, "the optimizer does not hold '0.weight'")
+    assert not model[0].weight.grad.sub(1).any()
+
+
+@MODES
+def test_a_strength_that_requires_a_gradient_is_refused(mode):
+    model = net()
+    strength = nn.Parameter(torch.tensor(0.1))
+    reg = pyreg.Regularizer(model, {"0.*": pyreg.L1(strength)})
+    message = (
+        r"rules\['0.\*'\]: lam requires a gradient, which it gets from reg\(\) in the loss only"
+    )
+    with pytest.raises(ValueError, match=message):
+        reg.attach(torch.optim.SGD(model.parameters(), lr=0.1), mode)
+    with pytest.raises(ValueError, match=message):
+        pyreg.optim.SGD(model.parameters(), lr=0.1, regularizer=reg, mode=mode)
+    strength.requires_grad_(False)
+    reg.attach(torch.optim.SGD(model.parameters(), lr=0.1), mode)
+
+
+def test_a_state_without_what_the_metric_takes():
+    """Named after the step that made it, and before every later one."""
+
+    class Own(torch.optim.Adam):
+        @torch.no_grad()
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                self.state[p]["own"] = p.grad.square()
+                p.sub_(p.grad)
+
+    w, optimizer, reg = ones(Own)
+    reg.attach(optimizer, "prox")
+    w.grad = torch.ones(1)
+    message = r"params\[0\] \('w'\): its state in the optimizer lacks 'exp_avg_sq'.*'identity'"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            optimizer.step()
+        assert w.item() == 9
+    reg.detach()
+    reg.attach(optimizer, "prox", metric="identity")
+    optimizer.step()
+    assert w.item() == 7
+
+
+def test_a_proximal_step_that_master_weights_would_undo_is_refused():
+    w = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = pyreg.optim.AdamW([w], master_weights=True)
+    reg = pyreg.Regularizer({"w": w}, pyreg.L1(0.1))
+    with pytest.raises(ValueError, match="pass regularizer= to the optimizer"):
+        reg.attach(optimizer, "prox")
+    reg.attach(optimizer, "grad")
+
+
+class Twice(torch.optim.SGD):
+    """Evaluates its closure so often, and then steps."""
+
+    times = 2
+
+    def step(self, closure):
+        for _ in range(self.times):
+            closure()
+        with torch.no_grad():
+            for p in self.param_groups[0]["params"]:
+                p -= self.param_groups[0]["lr"] * p.grad
+
+
+@MODES
+def test_a_closure_that_is_evaluated_twice_is_one_step(mode):
+    w, optimizer, _ = ones(Twice)
+    reg = pyreg.Regularizer({"w": w}, pyreg.L1(lambda step: step + 1.0))
+    reg.attach(optimizer, mode)
+
+    def closure():
+        w.grad = torch.zeros(1)
+
+    for left in (9, 7):
+        optimizer.step(closure)
+        assert w.item() == left
+    assert reg.step == 2
+
+
+def test_a_closure_that_is_not_called_is_said():
+    class Never(Twice):
+        times = 0
+
+    _, optimizer, reg = ones(Never)
+    reg.attach(optimizer)
+    with pytest.raises(RuntimeError, match="Never did not call its closure"):
+        optimizer.step(lambda: None)
+    assert reg.step == 0
+
+
+@MODES
+def test_an_argument_that_is_no_closure(mode):
+    class Scaled(torch.optim.SGD):
+        def step(self, factor):
+            with torch.no_grad():
+                for p in self.param_groups[0]["params"]:
+                    p -= factor * p.grad
+
+    w, optimizer, reg = ones(Scaled)
+    reg.attach(optimizer, mode)
+    optimizer.step(1.0)
+    assert w.item() == 9
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_float16_gradients_beside_a_large_scale_do_not_overflow(kind):
+    """The scaler has looked for overflow before the penalty was added to them."""
+    w = nn.Parameter(torch.tensor([0.5, -0.5], dtype=torch.float16))
+    optimizer = kind([w], lr=0.125, fused=True)
+    pyreg.Regularizer({"w": w}, pyreg.L1(2.0)).attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    scaler.scale((w.float() * 0).sum()).backward()
+    scaler.step(optimizer)
+    assert torch.equal(w, torch.tensor([0.375, -0.375], dtype=torch.float16))
