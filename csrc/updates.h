@@ -121,16 +121,16 @@ PYREG_FN C moved(C w, C move, C q) {
 // The elastic net's prox of the new weight x, at step p / q. With k = 2 p l2 and t = p l1 it is 0
 // where |q x| <= t, else (q x - t sign x) / (q + k). Where x = w - move / q, that is
 // w - (k w + move + t sign x) / (q + k), one division for both, which changes nothing by rounding;
-// or, from k = q on, where that would cancel, the quotient itself.
+// or, from k = q on, where that would cancel, the quotient itself. (An infinite weight stays, or is
+// NaN where its gradient was not finite.)
 template <class U, class C>
 PYREG_FN C moved_and_shrunk(C w, C move, C q, C p, const C* strengths) {
   if (!U::kRatio) return ElasticNet::prox_ratio(w - move, p, q, strengths);
   const C k = C(2) * p * strengths[1], t = p * strengths[0], scaled = q * w - move;
-  const C side = copy_sign(t, scaled);
-  const bool finite = absolute(w) < static_cast<C>(INFINITY);
-  const C from = (k < q) | !finite ? w : C(0), by = k < q ? k * w + move : -scaled;
-  const C top = finite ? by + side : move, bottom = finite ? q + k : q;
-  return absolute(scaled) <= t ? C(0) : from - top / bottom;
+  const C from = k < q ? w : C(0), by = k < q ? k * w + move : -scaled;
+  const C x = from - (by + copy_sign(t, scaled)) / (q + k);
+  const C shrunk = absolute(scaled) <= t ? C(0) : x;
+  return absolute(w) < static_cast<C>(INFINITY) ? shrunk : w + (move - move);
 }
 
 using Adam = AdamUpdate<false>;
