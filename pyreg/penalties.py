@@ -89,14 +89,21 @@ def check_strengths(rules: Sequence[Penalty]) -> None:
 
 
 def check_differentiable(
-    rules: Sequence[Penalty], rule_of: Sequence[int], tensors: Sequence[Tensor]
+    rules: Sequence[Penalty],
+    rule_of: Sequence[int],
+    tensors: Sequence[Tensor],
+    added: bool = False,
+    created: bool = False,
 ) -> None:
-    """Raise if the rule of a tensor that requires a gradient has none."""
+    """Raise if the rule of a tensor that requires a gradient has none.
+
+    `added`: or that of a tensor with a `.grad`, to which it would be added. `created`: of any.
+    """
     without = {r for r, rule in enumerate(rules) if reference.FORMULAS[rule.name].grad is None}
     if not without:
         return
     for r, t in zip(rule_of, tensors, strict=True):
-        if r in without and t.requires_grad:
+        if r in without and (t.requires_grad or created or (added and t.grad is not None)):
             raise _no_gradient(rules[r])
 
 

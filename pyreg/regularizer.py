@@ -323,8 +323,9 @@ class Regularizer:
         """Raise RuntimeError if a parameter is penalised now by what has no gradient (L0)."""
         self._check_differentiable(self._active())
 
-    def _check_differentiable(self, group: _Group) -> None:
-        check_differentiable(tuple(self.rules.values()), group.packs.rule_of, group.tensors)
+    def _check_differentiable(self, group: _Group, created: bool = False) -> None:
+        rules = tuple(self.rules.values())
+        check_differentiable(rules, group.packs.rule_of, group.tensors, True, created)
 
     def check_strengths(self) -> None:
         """Raise ValueError or TypeError if a strength is bad by now: a schedule's, or a tensor."""
@@ -348,7 +349,7 @@ class Regularizer:
         if not group.tensors:
             self._last = sweeps.Value(self._zero(), [[0.0] * len(self.rules)])
             return self._last.total, 1
-        self._check_differentiable(group)
+        self._check_differentiable(group, create_grads)
         if create_grads:
             check_gradients([t.grad for t in group.tensors], group.tensors, group.label)
             for t in group.tensors:
