@@ -212,6 +212,47 @@ def test_a_bad_step(bad):
             pyreg.L1(1.0).prox(w, bad)
 
 
+@pytest.mark.parametrize(
+    "penalty",
+    [pyreg.L1(1e30), pyreg.L0(1e30), pyreg.LHalf(1e30), pyreg.LogSum(1e30, 1.0)]
+    + [kind(lam, 3.0) for kind in (pyreg.MCP, pyreg.SCAD) for lam in (1e30, 1e300)],
+    ids=repr,
+)
+def test_a_step_times_a_strength_beyond_float32(backend, penalty):
+    """The shrinkage is infinite then: every weight becomes 0."""
+    w = torch.tensor([1.0, -2.0, 1e10])
+    pyreg.Regularizer({"w": w}, penalty, include_frozen=True).prox_(1e10)
+    assert w.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("kind", [pyreg.MCP, pyreg.SCAD])
+def test_a_step_beyond_float32(backend, kind):
+    w = torch.tensor([1.0, -2.0])
+    pyreg.Regularizer({"w": w}, kind(1.0, 3.0), include_frozen=True).prox_(1e40)
+    assert w.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("penalty", "gradient"),
+    [
+        (pyreg.L1(1e30), 1e30),
+        (pyreg.L1(1e300), math.inf),
+        (pyreg.LHalf(1e36), 5e30),
+        (pyreg.MCP(1e30, 1e10), 1e30),
+        (pyreg.SCAD(1e30, 1e10), 1e30),
+    ],
+    ids=repr,
+)
+def test_a_value_beyond_float32(backend, penalty, gradient):
+    """It is infinite, the gradient what it is."""
+    w = nn.Parameter(torch.tensor([1e10, -1e10]))
+    w.grad = torch.zeros(2)
+    reg = pyreg.Regularizer({"w": w}, penalty)
+    assert reg.accumulate_().item() == reg().item() == math.inf
+    torch.testing.assert_close(w.grad, torch.tensor([gradient, -gradient]), rtol=1e-6, atol=0)
+    assert reg.last_value["*"] == math.inf
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_bad_scale(bad):
     """It would make every gradient NaN."""
