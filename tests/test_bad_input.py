@@ -162,8 +162,10 @@ def test_a_bad_strength(bad, error):
     ],
 )
 def test_a_bad_shape(make, field, bound):
-    """At its bound, below it, NaN, infinite, beyond float32, or a tensor that wants a gradient."""
-    for bad in (bound, bound - 1, math.nan, math.inf, 1e39, 1e-39, torch.tensor(bound)):
+    """At its bound, below it, NaN, infinite, too large or small for sweeps in float32, or a tensor
+    that wants a gradient."""
+    too_large = (math.inf, 1e39, 1e30, 1.1e18, torch.tensor(1e30))
+    for bad in (bound, bound - 1, math.nan, 1e-39, torch.tensor(bound), *too_large):
         with pytest.raises(ValueError, match=f"{field}: expected a number > {bound:g}"):
             make(bad)
     with pytest.raises(ValueError, match=f"{field}: has no gradient"):
@@ -177,6 +179,24 @@ def test_a_bad_shape(make, field, bound):
     for call in (reg, reg.accumulate_, lambda: reg.prox_(0.1)):
         with pytest.raises(ValueError, match=f"{field}: expected a number > {bound:g}"):
             call()
+
+
+@pytest.mark.parametrize(
+    ("penalty", "expected"),
+    [
+        (pyreg.MCP(1.0, 1e18), 4e9),
+        (pyreg.SCAD(1.0, 1e18), 4e9),
+        (pyreg.LogSum(1e18, 1e18), 4e9),
+        (pyreg.Huber(1.0, 1e18), 5e9),
+    ],
+    ids=repr,
+)
+def test_the_largest_shapes(backend, penalty, expected):
+    """At a step of 1e9: of 5e9, L1 leaves 4e9, and Huber's slope w / delta all but nothing. (At
+    most 8 roundings.)"""
+    w = torch.tensor([5e9])
+    pyreg.Regularizer({"w": w}, penalty, include_frozen=True).prox_(1e9)
+    assert w.item() == pytest.approx(expected, rel=8 * 2**-24)
 
 
 def test_numbers_that_are_good_strengths():
