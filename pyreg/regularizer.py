@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -289,11 +290,17 @@ class Regularizer:
         if not isinstance(state, Mapping) or not {"step", "strengths"} <= set(state):
             raise ValueError("state_dict: expected one with a 'step' and 'strengths'")
         own, saved, step = self.state_dict()["strengths"], state["strengths"], state["step"]
+        if not isinstance(saved, Mapping) or not all(
+            isinstance(names, Mapping) for names in saved.values()
+        ):
+            raise TypeError(
+                f"state_dict: strengths: expected {{pattern: {{name: number}}}}, got {saved!r}"
+            )
         if {p: set(own[p]) for p in own} != {p: set(saved[p]) for p in saved}:
             raise ValueError(
                 f"state_dict of other rules: expected tensors {_names(own)}, got {_names(saved)}"
             )
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        if isinstance(step, bool) or not isinstance(step, Integral) or step < 0:
             raise ValueError(f"state_dict: expected a step >= 0, got {step!r}")
         loaded = []
         for pattern, names in saved.items():
@@ -307,7 +314,7 @@ class Regularizer:
         with torch.no_grad():
             for tensor, number in loaded:
                 tensor.copy_(number)
-        self.step = step
+        self.step = int(step)
 
     @property
     def _penalties(self) -> tuple[Penalty, ...]:
@@ -383,6 +390,8 @@ class Regularizer:
 
     def report(self, *, gradients: bool = False, clip: float | None = None) -> Coverage:
         """Every parameter and rule, as data: who is covered, aliases, strengths now, sweeps.
+
+        A schedule that fails at this step is its rule's `problem`, and raises nothing here.
 
         Args:
             gradients: also measure the norm of each rule's gradient (lam * sqrt(elements) for L1),

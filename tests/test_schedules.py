@@ -167,4 +167,19 @@ def test_a_state_that_cannot_be(step, number):
     for lacking in ({}, {"step": 3}, None):
         with pytest.raises(ValueError, match="expected one with a 'step' and 'strengths'"):
             reg.load_state_dict(lacking)
+    for strengths in (None, 0.5, {"w": None}, {"w": "l1"}, [("w", {"l1": 0.25, "l2": 0.5})]):
+        with pytest.raises(TypeError, match=r"strengths: expected \{pattern: \{name"):
+            reg.load_state_dict({"step": 3, "strengths": strengths})
     assert (reg.step, first.item(), last.item()) == (0, 1.0, 2.0)
+
+
+def test_a_step_of_numpy():
+    """An integer is one."""
+    np = pytest.importorskip("numpy")
+    reg = pyreg.Regularizer({"w": torch.ones(2)}, pyreg.L1(1.0))
+    reg.load_state_dict({"step": np.int64(3), "strengths": {"*": {}}})
+    assert reg.step == 3
+    assert type(reg.step) is int
+    for bad in (np.float64(3), np.bool_(True), np.int64(-1), True, "3", None):
+        with pytest.raises(ValueError, match="state_dict: expected a step >= 0, got"):
+            reg.load_state_dict({"step": bad, "strengths": {"*": {}}})
