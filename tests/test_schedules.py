@@ -41,6 +41,24 @@ def test_a_number_of_steps_that_is_none(make, steps):
         make(steps)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1, "a", None, True])
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (Constant, "value"),
+        (lambda x: Linear(x, 1.0, 2), "start"),
+        (lambda x: Cosine(1.0, x, 2), "end"),
+        (lambda x: WarmUp(2, x), "then"),
+    ],
+)
+def test_a_number_that_no_strength_can_be(make, name, bad):
+    """Refused when the schedule is made. A tensor's number may change, and is looked at in use."""
+    with pytest.raises((ValueError, TypeError), match=f"{name}: expected a finite number >= 0"):
+        make(bad)
+    number = torch.tensor(0.5)
+    assert make(number)(2) == (1.0 if name == "start" else 0.5)
+
+
 def test_a_penalty_at_a_step():
     penalty = pyreg.MCP(lam=lambda k: 0.5 * k, gamma=3.0)
     assert penalty.at(4) == pyreg.MCP(2.0, 3.0)
