@@ -406,9 +406,8 @@ class Regularizer:
             backend, reason = choose(pack)
             because = f" ({reason})" if reason else ""
             lines.append(f"{len(pack.rows)} tensors on {pack.device}: {backend.name}{because}")
-        now = dict(zip(self.rules, self._penalties, strict=True))
         found = self._coverage
-        rules = report_rules(found, now, gradients, self.include_frozen)
+        rules = report_rules(found, self.rules, self.step, gradients, self.include_frozen)
         return Coverage(found.rows, found.unmatched, rules, lines, clip)
 
     def __repr__(self) -> str:
