@@ -676,3 +676,14 @@ def test_regularizer_arguments_of_the_wrong_kind(arguments, message):
 def test_a_strength_beyond_float64():
     with pytest.raises(ValueError, match=r"L1\.lam: .*beyond float64"):
         pyreg.L1(10**400)
+
+
+def test_attaching_what_has_no_gradient():
+    """Refused where it is attached, and nothing is left behind; its proximal step is fine."""
+    w = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([w], lr=0.1)
+    reg = pyreg.Regularizer({"w": w}, pyreg.L0(0.5))
+    with pytest.raises(RuntimeError, match=r"L0\(lam=0.5\) has no gradient: use prox"):
+        reg.attach(optimizer)
+    assert not optimizer._optimizer_step_pre_hooks
+    reg.attach(optimizer, "prox")
