@@ -191,7 +191,7 @@ def report_rules(
 
 def _rounds_away(grad: Tensor | None, addend: Tensor) -> bool:
     """Whether most of grad + addend is grad again: the addend is under half of grad's last bit."""
-    if grad is None or grad.numel() == 0 or grad.is_sparse:
+    if grad is None or grad.is_sparse:
         return False
     added = (grad.to(addend.dtype) + addend).to(grad.dtype)
     matters = addend != 0

@@ -96,6 +96,16 @@ def test_a_gradient_is_lost_where_most_of_it_is():
         assert rule.lost == (("w",) if lost > 2 else ())
 
 
+def test_gradients_to_which_nothing_can_be_lost():
+    """Sparse ones, and those of empty parameters."""
+    net = {"sparse": nn.Parameter(torch.ones(4)), "empty": nn.Parameter(torch.ones(0))}
+    net["sparse"].grad = torch.ones(4).to_sparse()
+    net["empty"].grad = torch.ones(0)
+    (rule,) = pyreg.Regularizer(net, pyreg.L1(1e-9)).report(gradients=True).rules
+    assert rule.lost == ()
+    assert rule.gradient_norm == pytest.approx(2e-9)
+
+
 @pytest.mark.parametrize(
     ("schedule", "problem"),
     [
