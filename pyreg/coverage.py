@@ -49,13 +49,14 @@ class RuleReport:
     """One rule and what it covers now."""
 
     pattern: str
-    penalty: Penalty  # with the strengths of this step
+    penalty: Penalty  # with the strengths of this step; where there is a problem, its schedules
     parameters: int
     frozen: int  # of these, left alone unless include_frozen
     elements: int
     share: float  # of the elements of all parameters
     gradient_norm: float | None = None  # of the penalty alone; lam * sqrt(elements) for L1
     lost: tuple[str, ...] = ()  # parameters whose gradients are too coarse for the penalty's
+    problem: str | None = None  # what its schedules raise at this step, or return that they may not
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,10 @@ class Coverage:
             right={2, 3, 4, 5},
         )
         tail = [f"pattern {pattern!r} matches no parameter" for pattern in self.unmatched]
-        if any(r.gradient_norm is None and FORMULAS[r.penalty.name].grad for r in self.rules):
+        if any(
+            r.gradient_norm is None and r.problem is None and FORMULAS[r.penalty.name].grad
+            for r in self.rules
+        ):
             tail.append("|gradient|, and where it is lost: report(gradients=True)")
         tail += [f"sweep: {line}" for line in self.sweeps]
         norms = [r.gradient_norm for r in self.rules if r.gradient_norm is not None]
@@ -120,6 +124,8 @@ class Coverage:
                 f"|gradient| of the penalty: {norm:.3g}; gradients are clipped to {self.clip:g}"
             )
         for rule in self.rules:
+            if rule.problem is not None:
+                tail.append(f"warning: rule {rule.pattern!r} cannot be applied now: {rule.problem}")
             if rule.lost:
                 more = f" and {len(rule.lost) - 1} more" if len(rule.lost) > 1 else ""
                 tail.append(
@@ -131,21 +137,36 @@ class Coverage:
 
 
 def report_rules(
-    coverage: Coverage, rules: Mapping[str, Penalty], gradients: bool, include_frozen: bool
+    coverage: Coverage,
+    rules: Mapping[str, Penalty],
+    step: int,
+    gradients: bool,
+    include_frozen: bool,
 ) -> list[RuleReport]:
-    """Each rule's share and, with `gradients`, the norm of its gradient, tensor by tensor."""
+    """Each rule's share and, with `gradients`, the norm of its gradient, tensor by tensor.
+
+    Raises:
+        ValueError: with `gradients`, a parameter (named) has no numbers.
+    """
     whole = max(sum(row.tensor.numel() for row in coverage.rows), 1)
     found = []
     for pattern, penalty in rules.items():
         rows = [row for row in coverage.penalised if row.rule == pattern]
         elements = sum(row.tensor.numel() for row in rows)
-        norm, lost = None, []
-        if gradients and FORMULAS[penalty.name].grad is not None:
+        norm, lost, problem = None, [], None
+        try:
+            penalty = penalty.at(step)
+        except Exception as error:  # whatever a schedule raises
+            ours = isinstance(error, TypeError | ValueError)
+            problem = str(error) if ours else f"{type(error).__name__}: {error}"
+        if gradients and problem is None and FORMULAS[penalty.name].grad is not None:
             squares = 0.0
             for row in rows:
                 if not (row.tensor.requires_grad or include_frozen):
                     continue
                 w = row.tensor.detach()
+                if w.device.type == "meta":
+                    raise ValueError(f"{row.name!r} is on the meta device: no gradient, no norm")
                 g = penalty.of(row.name, *row.aliases).grad(w.to(compute_dtype(w.dtype)))
                 squares += g.double().square().sum().item()
                 if _rounds_away(row.tensor.grad, g):
@@ -154,7 +175,15 @@ def report_rules(
         frozen = sum(not row.tensor.requires_grad for row in rows)
         found.append(
             RuleReport(
-                pattern, penalty, len(rows), frozen, elements, elements / whole, norm, tuple(lost)
+                pattern,
+                penalty,
+                len(rows),
+                frozen,
+                elements,
+                elements / whole,
+                norm,
+                tuple(lost),
+                problem,
             )
         )
     return found
@@ -162,7 +191,7 @@ def report_rules(
 
 def _rounds_away(grad: Tensor | None, addend: Tensor) -> bool:
     """Whether most of grad + addend is grad again: the addend is under half of grad's last bit."""
-    if grad is None or grad.numel() == 0 or grad.is_sparse:
+    if grad is None or grad.is_sparse:
         return False
     added = (grad.to(addend.dtype) + addend).to(grad.dtype)
     matters = addend != 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -103,6 +104,9 @@ def closed_form(
     if not isinstance(penalty, Penalty):
         raise TypeError(f"penalty: expected a pyreg penalty, got {penalty!r}")
     alone = isinstance(w_star, Tensor)
+    if not alone and (isinstance(w_star, str | bytes) or not isinstance(w_star, Iterable)):
+        got = type(w_star).__name__
+        raise TypeError(f"w_star: expected a tensor or a sequence of them, got {got}")
     minima = [w_star] if alone else list(w_star)
     many = isinstance(hessian_diag, Sequence)
     curvatures = list(hessian_diag) if many else [hessian_diag] * len(minima)
@@ -117,17 +121,22 @@ def closed_form(
         return "w_star" if alone else f"w_star[{i}]"
 
     def metric(i: int) -> Metric:
-        w, where = minima[i], f"hessian_diag[{i}]" if many else "hessian_diag"
+        w, given = minima[i], curvatures[i]
+        where = f"hessian_diag[{i}]" if many else "hessian_diag"
         check(w, label(i))
+        exact = {"dtype": torch.float64, "device": "cpu"} if isinstance(given, Real) else {}
         try:
-            h = torch.as_tensor(curvatures[i], dtype=compute_dtype(w.dtype), device=w.device)
+            own = torch.as_tensor(given, **exact).detach()
         except (TypeError, ValueError, RuntimeError):
-            got = type(curvatures[i]).__name__
+            got = type(given).__name__
             raise TypeError(f"{where}: expected a number or a tensor, got {got}") from None
-        h = h.detach()
-        if not (h > 0).all():
-            bad = h[~(h > 0)][0].item()
-            raise ValueError(f"{where}: expected numbers > 0, got {bad}")
+        if own.is_complex():
+            raise TypeError(f"{where}: expected real numbers, got {_name(own.dtype)}")
+        h = own.to(w.device, compute_dtype(w.dtype))
+        if not (good := h > 0).all():
+            bad = own[~good.to(own.device)][0].item()
+            lost = f", 0 in {_name(h.dtype)}" if bad > 0 else ""
+            raise ValueError(f"{where}: expected numbers > 0, got {bad}{lost}")
         try:
             h = h.expand(w.shape)
         except RuntimeError:
@@ -147,3 +156,7 @@ def closed_form(
     packs = Packs((penalty.name,), [0] * len(found), pairs)
     sweeps.prox_in_metric(packs, found, metrics, (penalty,), label)
     return found[0] if alone else found
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

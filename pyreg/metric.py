@@ -152,5 +152,6 @@ def check_moment(metric: Metric, t: Tensor, name: str) -> None:
 
 def number(x: Number) -> Number:
     """A float, but for a tensor on a GPU, which would have to be waited for, or of several."""
-    on_gpu = isinstance(x, Tensor) and (x.device.type != "cpu" or x.ndim > 0)
-    return x if on_gpu else float(x)
+    if not isinstance(x, Tensor):
+        return float(x)
+    return x if x.device.type != "cpu" or x.ndim > 0 else float(x.detach())

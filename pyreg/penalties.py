@@ -3,8 +3,8 @@
 The maths is in `pyreg.reference`; the native forms are in `csrc/penalties.h` and
 `triton_kernels/penalties.py`. A strength is a number >= 0, or a 0-dim floating tensor of that
 range (one that is changed in place, or a learnable one, which then receives its gradient). A shape
-(MCP's gamma, Huber's delta, ...) is one too, but above a bound, and not learnable. Either may be a
-schedule, a callable of the optimizer step: a Regularizer takes its number at each.
+(MCP's gamma, Huber's delta, ...) is one too, but above a bound, at most 1e18, and not learnable.
+Either may be a schedule, a callable of the optimizer step: a Regularizer takes its number at each.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ PENALTIES: dict[str, type[Penalty]] = {}
 
 Beside = Tensor | Mapping[str, Tensor] | None  # what lies beside the parameters
 
-_FLOAT32 = torch.finfo(torch.float32)
+# In float32: its inverse is finite; and so are its square, and its product with a step and a
+# strength, where step * strength is below 3e20.
+_SMALLEST_SHAPE, _LARGEST_SHAPE = torch.finfo(torch.float32).tiny, 1e18
 
 
 def check_strength(name: str, s: Strength, above: float | None = None) -> Strength:
     """`s` as a float, or as the tensor it is. Raises unless it is a finite number >= 0; or, for a
-    shape, one `above` a bound that is a normal float32, and not learnable.
+    shape, one `above` a bound that sweeps in float32 can work with, and not learnable.
 
     A tensor's number is looked at only where that costs no synchronisation (on the CPU).
     """
@@ -89,14 +91,21 @@ def check_strengths(rules: Sequence[Penalty]) -> None:
 
 
 def check_differentiable(
-    rules: Sequence[Penalty], rule_of: Sequence[int], tensors: Sequence[Tensor]
+    rules: Sequence[Penalty],
+    rule_of: Sequence[int],
+    tensors: Sequence[Tensor],
+    added: bool = False,
+    created: bool = False,
 ) -> None:
-    """Raise if the rule of a tensor that requires a gradient has none."""
+    """Raise if the rule of a tensor that requires a gradient has none.
+
+    `added`: or that of a tensor with a `.grad`, to which it would be added. `created`: of any.
+    """
     without = {r for r, rule in enumerate(rules) if reference.FORMULAS[rule.name].grad is None}
     if not without:
         return
     for r, t in zip(rule_of, tensors, strict=True):
-        if r in without and t.requires_grad:
+        if r in without and (t.requires_grad or created or (added and t.grad is not None)):
             raise _no_gradient(rules[r])
 
 
@@ -124,8 +133,9 @@ def _check_number(name: str, x: float, above: float | None = None) -> None:
     if above is None:
         if not 0 <= x < math.inf:  # (NaN is neither)
             raise ValueError(f"{name}: expected a finite number >= 0, got {x!r}")
-    elif not (above < x and _FLOAT32.tiny <= x <= _FLOAT32.max):
-        raise ValueError(f"{name}: expected a number > {above:g} within float32, got {x!r}")
+    elif not (above < x and _SMALLEST_SHAPE <= x <= _LARGEST_SHAPE):
+        bounds = f"from {_SMALLEST_SHAPE:.3g} to {_LARGEST_SHAPE:g}"
+        raise ValueError(f"{name}: expected a number > {above:g}, {bounds}, got {x!r}")
 
 
 @dataclass(frozen=True)
@@ -389,7 +399,7 @@ class Huber(Penalty, above={"delta": 0.0}):
 
     Args:
         lam: strength, >= 0: the slope of the linear part.
-        delta: where the linear part begins, > 0.
+        delta: where the linear part begins, > 0 and <= 1e18.
 
     Source: Huber (1964), "Robust estimation of a location parameter", over delta.
     """
@@ -407,7 +417,7 @@ class LogSum(Penalty, above={"eps": 0.0}):
 
     Args:
         lam: strength, >= 0.
-        eps: the size of a weight that counts as large, > 0.
+        eps: the size of a weight that counts as large, > 0 and <= 1e18.
 
     Source: Candes, Wakin & Boyd (2008), "Enhancing sparsity by reweighted l1 minimization".
     """
@@ -425,8 +435,8 @@ class MCP(Penalty, above={"gamma": 1.0}):
 
     Args:
         lam: strength, >= 0: the slope at 0.
-        gamma: > 1; the larger, the more like L1. Up to a step of gamma the proximal objective is
-            convex; from there on the step is a hard threshold.
+        gamma: > 1 and <= 1e18; the larger, the more like L1. Up to a step of gamma the proximal
+            objective is convex; from there on the step is a hard threshold.
 
     Source: Zhang (2010), "Nearly unbiased variable selection under minimax concave penalty".
     """
@@ -445,7 +455,7 @@ class SCAD(Penalty, above={"a": 2.0}):
 
     Args:
         lam: strength, >= 0: the slope at 0.
-        a: > 2; the authors use 3.7.
+        a: > 2 and <= 1e18; the authors use 3.7.
 
     Source: Fan & Li (2001), "Variable selection via nonconcave penalized likelihood and its oracle
     properties".

@@ -83,7 +83,13 @@ def _tensor(t: Strength, x: Tensor) -> Tensor:
     """t as a tensor of x's dtype, on x's device."""
     if isinstance(t, Tensor):
         return t.to(device=x.device, dtype=x.dtype)
-    return torch.full((), t, dtype=x.dtype, device=x.device)  # (a copy would wait for the device)
+    # (A copy would wait for the device; `full` refuses what its dtype rounds to infinity.)
+    return torch.ones((), dtype=x.dtype, device=x.device) * t
+
+
+def _at_most(x: Tensor, limit: Strength) -> Tensor:
+    """min(x, limit), of slope 1 at the limit."""
+    return x.clamp_max(_tensor(limit, x))
 
 
 def l1_value(w: Tensor, lam: Strength, weight: Tensor | None = None) -> Tensor:
@@ -275,7 +281,7 @@ def log_sum_strength_grad(
 def mcp_value(w: Tensor, lam: Strength, gamma: Strength, weight: Tensor | None = None) -> Tensor:
     """sum of lam |w| - w^2 / (2 gamma) where |w| <= gamma lam, else gamma lam^2 / 2"""
     lam, gamma = _strength(lam, w), _strength(gamma, w)
-    m = _upcast(w).abs().clamp_max(gamma * lam)
+    m = _at_most(_upcast(w).abs(), gamma * lam)
     return _total(m * (lam - m / (2 * gamma)), weight).to(value_dtype(w.dtype))
 
 
@@ -301,12 +307,13 @@ def mcp_strength_grad(
     w: Tensor, lam: Strength, gamma: Strength, weight: Tensor | None = None
 ) -> Tensor:
     """[sum min(|w|, gamma lam)]"""
-    return _total(_upcast(w).abs().clamp_max(_strength(gamma, w) * _strength(lam, w)), weight)[None]
+    limit = _strength(gamma, w) * _strength(lam, w)
+    return _total(_at_most(_upcast(w).abs(), limit), weight)[None]
 
 
 def _scad_parts(w: Tensor, lam: Strength, a: Strength) -> tuple[Tensor, Tensor]:
     """m = min(|w|, a lam), and by how much it exceeds lam"""
-    m = _upcast(w).abs().clamp_max(a * lam)
+    m = _at_most(_upcast(w).abs(), a * lam)
     return m, (m - lam).clamp_min(0)
 
 
@@ -322,7 +329,8 @@ def scad_value(w: Tensor, lam: Strength, a: Strength, weight: Tensor | None = No
 def scad_grad(w: Tensor, lam: Strength, a: Strength) -> Tensor:
     """sign(w) * (lam where |w| <= lam, (a lam - |w|) / (a - 1) where |w| <= a lam, else 0)"""
     x, lam, a = _upcast(w), _strength(lam, w), _strength(a, w)
-    return (sign(x) * ((a * lam - x.abs()) / (a - 1)).clamp_min(0).clamp_max(lam)).to(w.dtype)
+    slope = _at_most(((a * lam - x.abs()) / (a - 1)).clamp_min(0), lam)
+    return (sign(x) * slope).to(w.dtype)
 
 
 def scad_prox(w: Tensor, step: Strength, lam: Strength, a: Strength) -> Tensor:

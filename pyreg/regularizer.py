@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -301,11 +302,17 @@ class Regularizer:
         if not isinstance(state, Mapping) or not {"step", "strengths"} <= set(state):
             raise ValueError("state_dict: expected one with a 'step' and 'strengths'")
         own, saved, step = self.state_dict()["strengths"], state["strengths"], state["step"]
+        if not isinstance(saved, Mapping) or not all(
+            isinstance(names, Mapping) for names in saved.values()
+        ):
+            raise TypeError(
+                f"state_dict: strengths: expected {{pattern: {{name: number}}}}, got {saved!r}"
+            )
         if {p: set(own[p]) for p in own} != {p: set(saved[p]) for p in saved}:
             raise ValueError(
                 f"state_dict of other rules: expected tensors {_names(own)}, got {_names(saved)}"
             )
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        if isinstance(step, bool) or not isinstance(step, Integral) or step < 0:
             raise ValueError(f"state_dict: expected a step >= 0, got {step!r}")
         loaded = []
         for pattern, names in saved.items():
@@ -319,7 +326,7 @@ class Regularizer:
         with torch.no_grad():
             for tensor, number in loaded:
                 tensor.copy_(number)
-        self.step = step
+        self.step = int(step)
 
     @property
     def _penalties(self) -> tuple[Penalty, ...]:
@@ -335,8 +342,9 @@ class Regularizer:
         """Raise RuntimeError if a parameter is penalised now by what has no gradient (L0)."""
         self._check_differentiable(self._active())
 
-    def _check_differentiable(self, group: _Group) -> None:
-        check_differentiable(tuple(self.rules.values()), group.packs.rule_of, group.tensors)
+    def _check_differentiable(self, group: _Group, created: bool = False) -> None:
+        rules = tuple(self.rules.values())
+        check_differentiable(rules, group.packs.rule_of, group.tensors, True, created)
 
     def check_strengths(self) -> None:
         """Raise ValueError or TypeError if a strength is bad by now: a schedule's, or a tensor."""
@@ -360,7 +368,7 @@ class Regularizer:
         if not group.tensors:
             self._last = sweeps.Value(self._zero(), [[0.0] * len(self.rules)])
             return self._last.total, 1
-        self._check_differentiable(group)
+        self._check_differentiable(group, create_grads)
         if create_grads:
             check_gradients([t.grad for t in group.tensors], group.tensors, group.label)
             for t in group.tensors:
@@ -411,6 +419,8 @@ class Regularizer:
     def report(self, *, gradients: bool = False, clip: float | None = None) -> Coverage:
         """Every parameter and rule, as data: who is covered, aliases, strengths now, sweeps.
 
+        A schedule that fails at this step is its rule's `problem`, and raises nothing here.
+
         Args:
             gradients: also measure the norm of each rule's gradient (lam * sqrt(elements) for L1),
                 and list the parameters whose `.grad` is of a dtype too coarse to hold what the rule
@@ -424,9 +434,8 @@ class Regularizer:
             backend, reason = choose(pack)
             because = f" ({reason})" if reason else ""
             lines.append(f"{len(pack.rows)} tensors on {pack.device}: {backend.name}{because}")
-        now = dict(zip(self.rules, self._penalties, strict=True))
         found = self._coverage
-        rules = report_rules(found, now, gradients, self.include_frozen)
+        rules = report_rules(found, self.rules, self.step, gradients, self.include_frozen)
         return Coverage(found.rows, found.unmatched, rules, lines, clip)
 
     def __repr__(self) -> str:

@@ -12,8 +12,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
+
+from torch import Tensor
 
 Schedule = Callable[[int], float]
+
+
+def _check(**numbers: float) -> None:
+    """Raise, naming it, unless each is a finite number >= 0; a tensor's is looked at in use."""
+    for name, x in numbers.items():
+        if isinstance(x, Tensor):
+            continue
+        if isinstance(x, bool) or not isinstance(x, Real):
+            raise TypeError(f"{name}: expected a finite number >= 0, got {x!r}")
+        if not 0 <= x < math.inf:
+            raise ValueError(f"{name}: expected a finite number >= 0, got {x!r}")
 
 
 @dataclass(frozen=True)
@@ -21,6 +35,9 @@ class Constant:
     """value"""
 
     value: float
+
+    def __post_init__(self) -> None:
+        _check(value=self.value)
 
     def __call__(self, step: int) -> float:
         return self.value
@@ -35,6 +52,7 @@ class _Ramp:
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"steps: expected an integer >= 1, got {self.steps!r}")
+        _check(start=self.start, end=self.end)
 
     def _part(self, step: int) -> float:
         return min(max(step, 0), self.steps) / self.steps
@@ -75,6 +93,8 @@ class WarmUp:
 
     def __post_init__(self) -> None:
         Linear(0.0, 0.0, self.steps)  # checks the number of steps
+        if isinstance(self.then, Tensor) or not callable(self.then):
+            _check(then=self.then)
 
     def __call__(self, step: int) -> float:
         after = self.then(max(step - self.steps, 0)) if callable(self.then) else self.then

@@ -17,6 +17,8 @@ from .metric import Metric, check_moment
 from .pack import GradientMismatch, Label, Pack, Packs, check_gradients, check_writable
 from .penalties import Penalty, check_strengths
 
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+
 
 def _prepare(
     packs: list[Pack], tensors: Sequence[Tensor], check_gradients: Callable[[], None] | None = None
@@ -39,7 +41,9 @@ def add_values(values: Sequence[Tensor | float], dtype: torch.dtype) -> Tensor:
     """The sum on the first value's device; a number lies on the CPU."""
     total = values[0]
     if isinstance(total, float):  # (`torch.tensor` and `.to` cost three times as much)
-        of = torch.float64 if len(values) > 1 else dtype
+        # (What is beyond float32 is refused by `scalar_tensor`, and made infinite by `.to`.)
+        as_it_is = len(values) == 1 and abs(total) <= _FLOAT32_MAX
+        of = dtype if as_it_is else torch.float64
         total = torch.scalar_tensor(total, dtype=of, device="cpu")
     for value in values[1:]:
         total = total.double() + (value.to(total.device) if isinstance(value, Tensor) else value)

@@ -340,6 +340,23 @@ def test_a_penalty_without_a_gradient(backend):
         assert torch.equal(p.detach(), torch.where(w.abs() > 0.1, w, 0))
 
 
+@pytest.mark.parametrize("create_grads", [False, True])
+def test_a_penalty_without_a_gradient_on_a_frozen_tensor(backend, create_grads):
+    """It would be added to a `.grad` that is there, or is created; without one it only counts."""
+    first, frozen = nn.Parameter(torch.ones(2)), torch.ones(3)
+    first.grad = torch.zeros(2)
+    rules = {"first": pyreg.L1(0.5), "frozen": pyreg.L0(0.5)}
+    reg = pyreg.Regularizer({"first": first, "frozen": frozen}, rules, include_frozen=True)
+    assert reg().item() == reg.accumulate_().item() == 2.5
+    first.grad.zero_()
+    frozen.grad = None if create_grads else torch.zeros(3)
+    with pytest.raises(RuntimeError, match=r"L0\(lam=0.5\) has no gradient"):
+        reg.accumulate_(create_grads=create_grads)
+    assert first.grad.tolist() == [0, 0]
+    assert create_grads == (frozen.grad is None)
+    assert reg().item() == 2.5, "its value is fine"
+
+
 def test_a_learnable_strength_of_frozen_tensors(backend):
     """Only the strength needs a gradient; a non-leaf strength passes it on."""
     w = torch.tensor([1.0, -2.0])

@@ -162,8 +162,10 @@ def test_a_bad_strength(bad, error):
     ],
 )
 def test_a_bad_shape(make, field, bound):
-    """At its bound, below it, NaN, infinite, beyond float32, or a tensor that wants a gradient."""
-    for bad in (bound, bound - 1, math.nan, math.inf, 1e39, 1e-39, torch.tensor(bound)):
+    """At its bound, below it, NaN, infinite, too large or small for sweeps in float32, or a tensor
+    that wants a gradient."""
+    too_large = (math.inf, 1e39, 1e30, 1.1e18, torch.tensor(1e30))
+    for bad in (bound, bound - 1, math.nan, 1e-39, torch.tensor(bound), *too_large):
         with pytest.raises(ValueError, match=f"{field}: expected a number > {bound:g}"):
             make(bad)
     with pytest.raises(ValueError, match=f"{field}: has no gradient"):
@@ -177,6 +179,24 @@ def test_a_bad_shape(make, field, bound):
     for call in (reg, reg.accumulate_, lambda: reg.prox_(0.1)):
         with pytest.raises(ValueError, match=f"{field}: expected a number > {bound:g}"):
             call()
+
+
+@pytest.mark.parametrize(
+    ("penalty", "expected"),
+    [
+        (pyreg.MCP(1.0, 1e18), 4e9),
+        (pyreg.SCAD(1.0, 1e18), 4e9),
+        (pyreg.LogSum(1e18, 1e18), 4e9),
+        (pyreg.Huber(1.0, 1e18), 5e9),
+    ],
+    ids=repr,
+)
+def test_the_largest_shapes(backend, penalty, expected):
+    """At a step of 1e9: of 5e9, L1 leaves 4e9, and Huber's slope w / delta all but nothing. (At
+    most 8 roundings.)"""
+    w = torch.tensor([5e9])
+    pyreg.Regularizer({"w": w}, penalty, include_frozen=True).prox_(1e9)
+    assert w.item() == pytest.approx(expected, rel=8 * 2**-24)
 
 
 def test_numbers_that_are_good_strengths():
@@ -210,6 +230,47 @@ def test_a_bad_step(bad):
     if not isinstance(bad, torch.Tensor):  # the penalty's own prox takes a step per element
         with pytest.raises((TypeError, ValueError), match="step: expected a"):
             pyreg.L1(1.0).prox(w, bad)
+
+
+@pytest.mark.parametrize(
+    "penalty",
+    [pyreg.L1(1e30), pyreg.L0(1e30), pyreg.LHalf(1e30), pyreg.LogSum(1e30, 1.0)]
+    + [kind(lam, 3.0) for kind in (pyreg.MCP, pyreg.SCAD) for lam in (1e30, 1e300)],
+    ids=repr,
+)
+def test_a_step_times_a_strength_beyond_float32(backend, penalty):
+    """The shrinkage is infinite then: every weight becomes 0."""
+    w = torch.tensor([1.0, -2.0, 1e10])
+    pyreg.Regularizer({"w": w}, penalty, include_frozen=True).prox_(1e10)
+    assert w.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("kind", [pyreg.MCP, pyreg.SCAD])
+def test_a_step_beyond_float32(backend, kind):
+    w = torch.tensor([1.0, -2.0])
+    pyreg.Regularizer({"w": w}, kind(1.0, 3.0), include_frozen=True).prox_(1e40)
+    assert w.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("penalty", "gradient"),
+    [
+        (pyreg.L1(1e30), 1e30),
+        (pyreg.L1(1e300), math.inf),
+        (pyreg.LHalf(1e36), 5e30),
+        (pyreg.MCP(1e30, 1e10), 1e30),
+        (pyreg.SCAD(1e30, 1e10), 1e30),
+    ],
+    ids=repr,
+)
+def test_a_value_beyond_float32(backend, penalty, gradient):
+    """It is infinite, the gradient what it is."""
+    w = nn.Parameter(torch.tensor([1e10, -1e10]))
+    w.grad = torch.zeros(2)
+    reg = pyreg.Regularizer({"w": w}, penalty)
+    assert reg.accumulate_().item() == reg().item() == math.inf
+    torch.testing.assert_close(w.grad, torch.tensor([gradient, -gradient]), rtol=1e-6, atol=0)
+    assert reg.last_value["*"] == math.inf
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -615,3 +676,14 @@ def test_regularizer_arguments_of_the_wrong_kind(arguments, message):
 def test_a_strength_beyond_float64():
     with pytest.raises(ValueError, match=r"L1\.lam: .*beyond float64"):
         pyreg.L1(10**400)
+
+
+def test_attaching_what_has_no_gradient():
+    """Refused where it is attached, and nothing is left behind; its proximal step is fine."""
+    w = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([w], lr=0.1)
+    reg = pyreg.Regularizer({"w": w}, pyreg.L0(0.5))
+    with pytest.raises(RuntimeError, match=r"L0\(lam=0.5\) has no gradient: use prox"):
+        reg.attach(optimizer)
+    assert not optimizer._optimizer_step_pre_hooks
+    reg.attach(optimizer, "prox")

@@ -231,6 +231,22 @@ def test_closed_forms_that_are_refused():
     for bad in (None, "1", object()):
         with pytest.raises(TypeError, match=r"hessian_diag.*: expected a number or a tensor"):
             pyreg.closed_form(w[0], bad, pyreg.L1(0.1))
+    for bad, got in ((1.0, "float"), (None, "NoneType"), ("w", "str")):
+        with pytest.raises(
+            TypeError, match=f"w_star: expected a tensor or a sequence of them, got {got}"
+        ):
+            pyreg.closed_form(bad, 1.0, pyreg.L1(0.1))
+    for bad in (torch.ones(3, dtype=torch.complex64), [torch.ones(3, dtype=torch.complex64)], 1j):
+        with pytest.raises(
+            TypeError, match=r"hessian_diag.*: expected real numbers, got complex64"
+        ):
+            pyreg.closed_form(w[0], bad, pyreg.L1(0.1))
+    for bad in (1e-300, torch.tensor([1.0, 1e-300, 2.0], dtype=torch.float64)):
+        with pytest.raises(
+            ValueError, match=r"hessian_diag: expected numbers > 0, got 1e-300, 0 in float32"
+        ):
+            pyreg.closed_form(w[0], bad, pyreg.L1(0.1))
+    assert pyreg.closed_form(w[0].double(), 1e-300, pyreg.L1(1e-302))[0] == pytest.approx(0.99)
 
 
 def test_weights_whose_numbers_cannot_be_asked_for():

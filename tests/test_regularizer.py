@@ -248,6 +248,30 @@ def test_scale(backend):
             assert torch.equal(p.grad, float(scale) * 0.25 * p.detach().sign())
 
 
+@pytest.mark.filterwarnings("error")
+def test_numbers_that_require_gradients_warn_of_nothing(backend):
+    """Strength, scale and step: a sweep takes their numbers."""
+
+    def learnable(x: float) -> torch.Tensor:
+        return torch.tensor(x, requires_grad=True)
+
+    w = nn.Parameter(torch.ones(3))
+    w.grad = torch.zeros(3)
+    reg = pyreg.Regularizer({"w": w}, pyreg.L1(learnable(0.25)))
+    torch.set_warn_always(True)
+    try:
+        reg().backward()
+        reg.accumulate_(learnable(2.0))
+        reg.prox_(learnable(1.0))
+        optimizer = torch.optim.SGD([w], lr=learnable(1.0))
+        reg.attach(optimizer, "prox", "identity")
+        w.grad.zero_()
+        optimizer.step()
+    finally:
+        torch.set_warn_always(False)
+    assert w.tolist() == [0.5] * 3
+
+
 def test_accumulate_once_per_step_equals_a_penalty_in_the_loss(backend):
     """loss.backward(); accumulate_() gives the gradients of (loss + penalty).backward()."""
     x = torch.randn(5, 3, 4, 4, dtype=torch.float64)

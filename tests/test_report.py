@@ -94,3 +94,45 @@ def test_a_gradient_is_lost_where_most_of_it_is():
         w.grad = torch.tensor([1.0] * lost + [2**-8] * (4 - lost), dtype=torch.bfloat16)
         (rule,) = pyreg.Regularizer({"w": w}, pyreg.L1(1e-3)).report(gradients=True).rules
         assert rule.lost == (("w",) if lost > 2 else ())
+
+
+def test_gradients_to_which_nothing_can_be_lost():
+    """Sparse ones, and those of empty parameters."""
+    net = {"sparse": nn.Parameter(torch.ones(4)), "empty": nn.Parameter(torch.ones(0))}
+    net["sparse"].grad = torch.ones(4).to_sparse()
+    net["empty"].grad = torch.ones(0)
+    (rule,) = pyreg.Regularizer(net, pyreg.L1(1e-9)).report(gradients=True).rules
+    assert rule.lost == ()
+    assert rule.gradient_norm == pytest.approx(2e-9)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "problem"),
+    [
+        (lambda step: -1.0, "L1.lam at step 0: expected a finite number >= 0, got -1.0"),
+        (lambda step: "x", "L1.lam at step 0: expected a number or a 0-dim floating tensor, got "),
+        (lambda step: {}[step], "KeyError: 0"),
+    ],
+)
+def test_a_schedule_that_fails_now_is_said(schedule, problem):
+    """In the text and the data, beside what the other rules are; nothing raises."""
+    reg = pyreg.Regularizer(model(), {"0.*": pyreg.L1(schedule), "*": pyreg.L2(0.5)})
+    for found in (reg.report(), reg.report(gradients=True)):
+        bad, good = found.rules
+        assert bad.problem.startswith(problem)
+        assert (bad.penalty, bad.parameters) == (reg.rules["0.*"], 2)
+        assert (bad.gradient_norm, good.problem) == (None, None)
+        assert f"warning: rule '0.*' cannot be applied now: {problem}" in str(found)
+    assert "report(gradients=True)" not in str(found)
+    assert "cannot be applied now" in repr(reg)
+    with pytest.raises((ValueError, TypeError, KeyError)):
+        reg()
+
+
+def test_gradients_on_the_meta_device_have_no_norm():
+    net = model()
+    net[2].to("meta")
+    reg = pyreg.Regularizer(net, pyreg.L1(0.5))
+    assert "meta" in str(reg)
+    with pytest.raises(ValueError, match=r"'2.weight' is on the meta device"):
+        reg.report(gradients=True)

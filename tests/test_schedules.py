@@ -41,6 +41,24 @@ def test_a_number_of_steps_that_is_none(make, steps):
         make(steps)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1, "a", None, True])
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (Constant, "value"),
+        (lambda x: Linear(x, 1.0, 2), "start"),
+        (lambda x: Cosine(1.0, x, 2), "end"),
+        (lambda x: WarmUp(2, x), "then"),
+    ],
+)
+def test_a_number_that_no_strength_can_be(make, name, bad):
+    """Refused when the schedule is made. A tensor's number may change, and is looked at in use."""
+    with pytest.raises((ValueError, TypeError), match=f"{name}: expected a finite number >= 0"):
+        make(bad)
+    number = torch.tensor(0.5)
+    assert make(number)(2) == (1.0 if name == "start" else 0.5)
+
+
 def test_a_penalty_at_a_step():
     penalty = pyreg.MCP(lam=lambda k: 0.5 * k, gamma=3.0)
     assert penalty.at(4) == pyreg.MCP(2.0, 3.0)
@@ -167,4 +185,19 @@ def test_a_state_that_cannot_be(step, number):
     for lacking in ({}, {"step": 3}, None):
         with pytest.raises(ValueError, match="expected one with a 'step' and 'strengths'"):
             reg.load_state_dict(lacking)
+    for strengths in (None, 0.5, {"w": None}, {"w": "l1"}, [("w", {"l1": 0.25, "l2": 0.5})]):
+        with pytest.raises(TypeError, match=r"strengths: expected \{pattern: \{name"):
+            reg.load_state_dict({"step": 3, "strengths": strengths})
     assert (reg.step, first.item(), last.item()) == (0, 1.0, 2.0)
+
+
+def test_a_step_of_numpy():
+    """An integer is one."""
+    np = pytest.importorskip("numpy")
+    reg = pyreg.Regularizer({"w": torch.ones(2)}, pyreg.L1(1.0))
+    reg.load_state_dict({"step": np.int64(3), "strengths": {"*": {}}})
+    assert reg.step == 3
+    assert type(reg.step) is int
+    for bad in (np.float64(3), np.bool_(True), np.int64(-1), True, "3", None):
+        with pytest.raises(ValueError, match="state_dict: expected a step >= 0, got"):
+            reg.load_state_dict({"step": bad, "strengths": {"*": {}}})

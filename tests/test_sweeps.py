@@ -262,6 +262,21 @@ def test_rows_that_a_prox_in_a_metric_leaves_to_the_formulas(place):
         assert oracle.close(value, oracle.value(pyreg.L1(0.5), w), 1e-6)
 
 
+def test_values_of_rows_that_a_prox_in_a_metric_leaves_to_the_formulas(place):
+    """They count in their rules' values, and in the whole."""
+    w = [fill((4, 6), torch.float32, place.device, f"left{i}") for i in range(4)]
+    beside = moments(w)
+    beside[1] = beside[1].t().contiguous().t()
+    beside[3] = beside[3].half()
+    rules, rule_of = [pyreg.L1(0.5), pyreg.L2(0.25)], [0, 0, 1, 1]
+    sweeps = place.sweeps(w, rules, rule_of)
+    value = sweeps.prox_in_metric([Metric(m, 0.3, 1.0, 0.5) for m in beside])
+    parts = [rules[r].value(t.double()).item() for r, t in zip(rule_of, w, strict=True)]
+    expected = [parts[0] + parts[1], parts[2] + parts[3]]
+    assert sweeps.of_rules == pytest.approx(expected, rel=1e-6)
+    assert value == pytest.approx(sum(expected), rel=1e-6)
+
+
 def examples_for(place):
     """Every penalty; on a GPU three, as its compiler takes a second or two for a kind of row."""
     return PENALTIES if place.device == "cpu" else PENALTIES[::6]

@@ -26,6 +26,11 @@ def load() -> ModuleType | str:
         return f"the compiled module is missing ({error})"
 
 
+def _number(x: float | Tensor) -> float:
+    """A float, without torch's warning about a tensor that requires a gradient."""
+    return float(x.detach() if isinstance(x, Tensor) else x)
+
+
 class NativeBackend:
     name = "native"
 
@@ -63,7 +68,7 @@ class NativeBackend:
     def _strengths(self, rules: Sequence[Penalty]) -> list[float]:
         width = load().max_strengths
         padded = [(*rule.strengths, *[0.0] * (width - len(rule.strengths))) for rule in rules]
-        return [float(s) for row in padded for s in row]
+        return [_number(s) for row in padded for s in row]
 
     def _sweep(self, verb: str, pack: Pack, tensors: list[Tensor], *args, **options):
         native = load()
@@ -98,7 +103,7 @@ class NativeBackend:
         rules: Sequence[Penalty],
         scale: float | Tensor,
     ) -> None:
-        self._sweep("gradient", pack, tensors, grads, self._strengths(rules), float(scale))
+        self._sweep("gradient", pack, tensors, grads, self._strengths(rules), _number(scale))
 
     def accumulate(
         self,
@@ -111,7 +116,7 @@ class NativeBackend:
         """`keep_gil`: let no other Python thread run meanwhile."""
         strengths = self._strengths(rules)
         value, of_rules, present, others = self._sweep(
-            "accumulate", pack, tensors, strengths, float(scale), keep_gil=keep_gil
+            "accumulate", pack, tensors, strengths, _number(scale), keep_gil=keep_gil
         )
         for i in others:
             add_gradient(pack.penalty(i, rules), tensors[i], scale)
@@ -120,7 +125,7 @@ class NativeBackend:
     def prox(
         self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty], step: float | Tensor
     ) -> None:
-        for i in self._sweep("prox", pack, tensors, self._strengths(rules), float(step)):
+        for i in self._sweep("prox", pack, tensors, self._strengths(rules), _number(step)):
             apply_prox(pack.penalty(i, rules), tensors[i], step)
         torch.autograd.graph.increment_version(tensors)
 

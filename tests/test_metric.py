@@ -1,0 +1,63 @@
+"""What an optimizer's metric is read from, at the edges of what it can be."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import pyreg
+from pyreg import metric
+
+
+def test_a_gain():
+    """(1 - dampening) / (1 - momentum): 0 for a dampening of 1, and none where that is negative."""
+    for momentum, dampening, expected in (
+        (0.0, 7.0, 1),
+        (0.5, 0.0, 2),
+        (0.5, 0.5, 1),
+        (0.5, 1.0, 0),
+    ):
+        assert metric.gain({"momentum": momentum, "dampening": dampening}) == expected
+    for momentum, dampening in ((0.5, 1.5), (0.5, math.nan), (1.0, 0.0), (math.nan, 0.0)):
+        group = {"momentum": momentum, "dampening": dampening}
+        said = f"momentum={momentum:g}, dampening={dampening:g}: no steady step"
+        with pytest.raises(ValueError, match=said):
+            metric.gain(group)
+    w = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([w], lr=0.1, momentum=0.5, dampening=1.5)
+    with pytest.raises(ValueError, match=r"dampening=1\.5: no steady step"):
+        pyreg.Regularizer({"w": w}, pyreg.L1(0.1)).attach(optimizer, "prox")
+
+
+def test_radam_rectifies_beyond_a_length_of_5():
+    """As torch's does: not at 5, which this beta2 gives exactly at step 6. Its step without a
+    rectifier is lr * m / (1 - beta1^k), where the variance has no part."""
+    beta2, k = 0.8397685748659791, 6
+    longest = 2 / (1 - beta2) - 1
+    assert longest - 2 * k * beta2**k / (1 - beta2**k) == 5
+    w = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = torch.optim.RAdam([w], lr=0.5, betas=(0.0, beta2))
+    for _ in range(k):
+        before = w.item()
+        w.grad = torch.full_like(w, 3.0)
+        optimizer.step()
+    assert before - w.item() == pytest.approx(0.5 * 3.0, rel=1e-12)
+    assert metric.radam(optimizer.param_groups[0], optimizer.state[w]) == metric.Metric(None, 0.5)
+    optimizer.step()
+    assert metric.radam(optimizer.param_groups[0], optimizer.state[w]).moment is not None
+
+
+def test_a_moment_that_cannot_be():
+    w = torch.ones(2, 3)
+    for moment, error, said in (
+        (torch.ones(2, 3, dtype=torch.long), TypeError, "moment is torch.int64, expected floating"),
+        (torch.ones(3, 2), ValueError, r"\[2, 3\] on cpu, but .* moment is \[3, 2\] on cpu"),
+        (w.to("meta"), ValueError, r"\[2, 3\] on cpu, but .* moment is \[2, 3\] on meta"),
+    ):
+        with pytest.raises(error, match=rf"^fc\.weight: .*{said}"):
+            metric.check_moment(metric.Metric(moment, 1.0), w, "fc.weight")
+    metric.check_moment(metric.Metric(w.half(), 1.0), w, "fc.weight")
+    metric.check_moment(metric.Metric(None, 1.0), w, "fc.weight")
