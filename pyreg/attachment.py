@@ -79,9 +79,7 @@ class Attachment:
         self._coupling = coupling
         self._metric = identity if metric == "identity" or mode == "grad" else metric_of(optimizer)
         self._check_groups()
-        self._has_gradient: set[int] | None = (
-            None  # (by id) before the step; None: it has a closure
-        )
+        self._has_gradient: set[int] | None = None  # ids, before a step; None: it has a closure
         self._added = True  # whether a step's closure was called
         self._read = False  # whether the metric was found in the optimizer's state
         before = self._before_adding if mode == "grad" else self._before_prox
