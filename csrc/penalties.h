@@ -93,11 +93,10 @@ PYREG_FN C denominator(C q) {
   return at_least(q, kSmallest<C>);
 }
 
-// sign(0) = sign(-0) = +0; w - w keeps NaN. (One condition: of two, compilers make a dozen masks
-// where other selects come after them.)
+// sign(0) = sign(-0) = +0; w - w keeps NaN.
 template <class C>
 PYREG_FN C sign(C w) {
-  return absolute(w) > C(0) ? copy_sign(C(1), w) : w - w;
+  return w > C(0) ? C(1) : w < C(0) ? C(-1) : w - w;
 }
 
 // S(x, t) = sign(x) max(|x| - t, 0).
