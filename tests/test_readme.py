@@ -97,7 +97,19 @@ def test_a_profile_is_set_beside_the_benchmark(bench, tmp_path, capsys):
     paths = [str(tmp_path / name) for name in ("bench.json", "profile.json")]
     assert bench["compare"].main(paths) == 0
     out = capsys.readouterr().out
-    assert all(f"tiny, float32, elastic_net, {row.way} " in out for row in rows), out
+    names = "tiny, float32, 6 tensors, 4200 elements, elastic_net"
+    assert all(f"{names}, {row.way} " in out for row in rows), out
+
+
+def test_rows_of_other_sizes_are_not_compared(bench, tmp_path):
+    """As those of `bench scaling`, which have one name."""
+    small = row("loop", 1.0)
+    large = replace(small, elements=2000, seconds=2.0)
+    Record(environment(), (large, small)).to_json(tmp_path / "a.json")
+    Record(environment(), (large,)).to_csv(tmp_path / "b.csv")
+    compare = bench["compare"]
+    found = compare.pairs(*(compare.read(tmp_path / name) for name in ("a.json", "b.csv")))
+    assert [pair.ratio for pair in found] == [1.0]
 
 
 def test_the_record_of_overhead_is_below_its_bound(bench):
