@@ -220,6 +220,30 @@ def test_every_penalty_has_ways_that_agree_with_its_formulas(name):
     assert all("pyreg" not in way or name == "l0" or "stats" in way for way in notes)
 
 
+@pytest.mark.parametrize(
+    "penalty", [pyreg.L1(0.0), pyreg.L2(0.0), pyreg.ElasticNet(0.0, 0.0), pyreg.ElasticNet(0.0, 1.0)]
+)
+def test_strengths_of_zero(penalty):
+    """Where a schedule may begin."""
+    result = pyreg.profile(model(), penalty, ways=WITHOUT_COMPILE, **FEW)
+    assert all(row.seconds is not None and not row.note for row in result.rows)
+
+
+def test_a_way_that_fails_leaves_the_gradients_in_place(monkeypatch):
+    """To those after it."""
+    from pyreg.profiling.ways import _no_grad_yet
+
+    def prepare(parameters, penalty):
+        return lambda: 1 / 0
+
+    way = replace(WAYS["loop, no .grad"], prepare=_no_grad_yet(prepare))
+    monkeypatch.setitem(WAYS, way.name, way)
+    result = pyreg.profile(model(), L1, ways=[way.name, "pyreg AdamW, grad"], **FEW)
+    rows = {row.way: row for row in result.rows}
+    assert rows[way.name].note == "failed: ZeroDivisionError: division by zero"
+    assert not rows["pyreg AdamW, grad"].wrong
+
+
 def test_a_wrong_step_of_an_optimizer_is_not_timed(monkeypatch):
     """The check sees a penalty of another strength, and one that is left out."""
     from pyreg.profiling import optimizers
@@ -457,6 +481,7 @@ def test_scaled_workloads():
     odd = Workload("odd", "odd", (("scalar", ()), ("none", (0, 8)), ("one", (1, 10)), ("w", (9,))))
     assert [shape for _, shape in odd.scaled(0.5).shapes] == [(), (0, 4), (1, 5), (4,)]
     assert WORKLOADS["gpt2"].scaled(1) is WORKLOADS["gpt2"]
+    assert WORKLOADS["gpt2"].scaled(0.1).name == "gpt2, scale 0.1"
     for scale in (0.0, -1.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match="scale: expected a number above 0 and at most 1"):
             WORKLOADS["gpt2"].scaled(scale)
