@@ -111,10 +111,14 @@ def test_threads_are_put_back(capsys):
     assert torch.get_num_threads() == before
 
 
-def test_scale_and_dtype(capsys):
-    status, out, _ = run(capsys, "resnet50", *QUICK, "--scale", "1e-4", "--dtype", "bfloat16")
+def test_scale_and_dtype(capsys, tmp_path):
+    path = tmp_path / "scaled.json"
+    options = ["--scale", "1e-4", "--dtype", "bfloat16", "--json", str(path)]
+    status, out, _ = run(capsys, "resnet50", *QUICK, *options)
     assert status == 0
-    assert "For resnet50 (161 tensors, " in out
+    names = {row["workload"] for row in json.loads(path.read_text())["rows"]}
+    assert names == {"resnet50, scale 0.0001"}
+    assert "For resnet50, scale 0.0001 (161 tensors, " in out
     assert "flat.sum() as float32" in out, "16-bit elements"
 
 
@@ -183,6 +187,37 @@ def test_a_state_dict(tmp_path, wrap):
     torch.save(wrap(state), tmp_path / "net.pt")
     found = files.read(tmp_path / "net.pt")
     assert dict(found.shapes) == {name: tuple(p.shape) for name, p in net.named_parameters()}
+
+
+@pytest.mark.parametrize("key", ["net", "params", "ema", "generator"])
+def test_a_state_dict_under_another_key(key, tmp_path):
+    """Beside an optimizer's, random numbers and a figure."""
+    net = nn.Linear(5, 2)
+    beside = {"optimizer": torch.optim.AdamW(net.parameters()).state_dict(), "epoch": 3}
+    beside |= {"random": {"torch": torch.get_rng_state()}, "best": torch.tensor(0.9)}
+    torch.save(beside | {key: net.state_dict()}, tmp_path / "net.pt")
+    assert dict(files.read(tmp_path / "net.pt").shapes) == {"weight": (2, 5), "bias": (2,)}
+    torch.save({"scale": torch.tensor(1.0)}, tmp_path / "one.pt")
+    assert dict(files.read(tmp_path / "one.pt").shapes) == {"scale": ()}
+
+
+def test_weights_among_which_to_choose(tmp_path):
+    state = nn.Linear(5, 2).state_dict()
+    torch.save({"generator": state, "discriminator": state, "epoch": 3}, tmp_path / "gan.pt")
+    said = "gan.pt: weights under 'generator', 'discriminator'; save the ones to profile alone"
+    with pytest.raises(ValueError, match=said):
+        files.read(tmp_path / "gan.pt")
+    torch.save({"epoch": 3, "args": {"lr": 0.1}}, tmp_path / "none.pt")
+    with pytest.raises(ValueError, match=r"it holds no weights of .*; its keys: 'epoch', 'args'$"):
+        files.read(tmp_path / "none.pt")
+
+
+def test_the_numbers_in_a_file_are_not_loaded(tmp_path, monkeypatch):
+    found, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: found.append(load(*a, **k)) or found[-1])
+    torch.save(nn.Linear(5, 2).state_dict(), tmp_path / "net.pt")
+    files.read(tmp_path / "net.pt")
+    assert [t.device.type for t in found[0].values()] == ["meta", "meta"]
 
 
 class Bomb:
