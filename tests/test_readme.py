@@ -227,12 +227,16 @@ def test_all_is_every_part(bench, monkeypatch):
     assert re.search(r"^bench:.*\n.* -m bench all$", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
-def test_a_part_that_is_mistyped_is_not_the_name_of_a_record(bench, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["bench", "scalling"])
-    with pytest.raises(SystemExit) as stopped:
-        importlib.import_module("bench.__main__").arguments()
-    assert stopped.value.code == 2
-    assert "there is no part scalling; scaling is one" in capsys.readouterr().err
+def test_what_is_no_part_is_not_the_name_of_a_record(bench, monkeypatch, capsys):
+    entry = importlib.import_module("bench.__main__")
+    for words in (["nonsense"], ["all", "--rounds", "3"], ["--rounds", "3", "scaling"]):
+        monkeypatch.setattr("sys.argv", ["bench", *words])
+        with pytest.raises(SystemExit) as stopped:
+            entry.arguments()
+        assert stopped.value.code == 2
+        assert ": a part comes first, alone, and is one of compare, " in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["bench", "--name", "laptop"])
+    assert entry.arguments().name == "laptop"
 
 
 def test_the_roofline_has_a_point_for_each_way(bench, tmp_path):
