@@ -207,11 +207,13 @@ def test_a_step_that_raises_is_named_and_leaves_no_trace():
     assert all(map(torch.equal, net.state_dict().values(), before))
 
 
+@pytest.mark.parametrize("strength", [1e-12, 1e-3, 1e12])
 @pytest.mark.parametrize("name", PENALTIES)
-def test_every_penalty_has_ways_that_agree_with_its_formulas(name):
+def test_every_penalty_has_ways_that_agree_with_its_formulas(name, strength):
+    """At the bounds of what is taken, too."""
     cls = PENALTIES[name]
     strengths = {"gamma": 3.0, "a": 3.7, "delta": 0.01, "eps": 0.01}
-    penalty = cls(*(strengths.get(field, 1e-3) for field in cls.parameters))
+    penalty = cls(*(strengths.get(field, strength) for field in cls.parameters))
     result = pyreg.profile(model(), penalty, ways=WITHOUT_COMPILE, **FEW)
     measured = {row.way for row in result.rows if row.seconds is not None}
     assert {"pyreg prox_", "pyreg value", "pyreg AdamW, prox"} <= measured
@@ -221,7 +223,7 @@ def test_every_penalty_has_ways_that_agree_with_its_formulas(name):
 
 
 @pytest.mark.parametrize(
-    "penalty", [pyreg.L1(0.0), pyreg.L2(0.0), pyreg.ElasticNet(0.0, 0.0), pyreg.ElasticNet(0.0, 1.0)]
+    "penalty", [pyreg.L1(0.0), pyreg.L2(0.0), pyreg.ElasticNet(0.0, 0.0), pyreg.ElasticNet(0.0, 1)]
 )
 def test_strengths_of_zero(penalty):
     """Where a schedule may begin."""
@@ -314,6 +316,33 @@ def test_the_plot_has_a_bar_for_each_way(tmp_path):
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_the_plot_shows():
+    """Medians and memory as long as they are, whiskers from 10 to 90 %, pyreg in its own colour."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.colors import to_hex
+
+    from pyreg.profiling.plot import PEER, PYREG
+
+    result = pyreg.profile(model(), L1, ways=["loop", "pyreg accumulate_"], **FEW)
+    rows = tuple(
+        replace(row, seconds=2e-3, p10=1e-3, p90=5e-3, extra_bytes=3_000_000) for row in result.rows
+    )
+    times, memory = replace(result, rows=rows).plot().axes
+    assert [bar.get_x() + bar.get_width() for bar in times.patches] == pytest.approx([2.0, 2.0])
+    assert [list(line.get_xdata()) for line in times.lines] == [[1.0, 5.0]] * 2
+    assert [bar.get_width() for bar in memory.patches] == [3.0, 3.0]
+    for axes in (times, memory):
+        assert [to_hex(bar.get_facecolor()) for bar in axes.patches] == [PEER[0], PYREG[0]]
+
+
+def test_the_report_has_the_notes():
+    pytest.importorskip("matplotlib")
+    from pyreg.profiling.report import html
+
+    result = pyreg.profile(model(), pyreg.L0(1e-3), ways=["loop", "pyreg prox_"], **FEW)
+    assert "<li>loop: not timed: L0 has no gradient</li>" in html(result)
+
+
 def test_the_plot_has_room_for_what_was_not_measured():
     """And next to no memory has no bar to speak of."""
     pytest.importorskip("matplotlib")
@@ -378,7 +407,7 @@ REFUSED = {
         lambda: nn.Linear(2, 2, device="meta"),
         {},
         ValueError,
-        r"params\[0\] \('weight'\): is on meta",
+        r"params\[0\] \('weight'\): is on meta and has no memory; make the model on cpu, or call",
     ),
     "complex": (
         lambda: {"w": nn.Parameter(torch.ones(2, dtype=torch.complex64))},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -134,7 +135,7 @@ def test_a_factory(capsys, factories):
     assert "of a step" in out
     status, out, _ = run(capsys, f"{factories}:Inner.alone", *QUICK)
     assert status == 0
-    assert "For Linear (2 tensors, 0.06 kB) " in out
+    assert "For Linear (2 tensors, 60 bytes) " in out
 
 
 @pytest.mark.parametrize("name", ["lazy", "elsewhere"])
@@ -225,15 +226,17 @@ class Bomb:
         return Path.touch, (Path("exploded"),)
 
 
-def test_no_pickle_is_executed(capsys, tmp_path, monkeypatch):
+def test_no_pickle_is_executed(capsys, tmp_path, monkeypatch, recwarn):
     monkeypatch.chdir(tmp_path)
     torch.save({"w": torch.ones(2), "bomb": Bomb()}, "net.pt")
-    Path("plain.pt").write_bytes(pickle.dumps({"bomb": Bomb()}, protocol=2))
-    for name in ("net.pt", "plain.pt"):
+    for protocol in (2, 4):
+        Path(f"{protocol}.pt").write_bytes(pickle.dumps({"bomb": Bomb()}, protocol=protocol))
+    for name in ("net.pt", "2.pt", "4.pt"):
         status, _, err = run(capsys, name, *QUICK)
         assert status == 1
         assert f"{name}: " in err
         assert not Path("exploded").exists()
+    assert not recwarn.list, "the sentence is enough"
 
 
 BAD_FILES = {
@@ -325,8 +328,16 @@ MISTAKES = {
         r"--threads: .* up to \d+ .*, got 99999999",
     ),
     "seconds": (["tiny", "--seconds", "inf"], "seconds: expected a finite number, 0 or above"),
-    "a device": (["tiny", "--device", "mps"], "device: expected cpu or cuda, got mps"),
-    "no device": (["tiny", "--device", "nonsense"], "nonsense"),
+    "a device": (["tiny", "--device", "mps"], "device: expected cpu or cuda, got mps$"),
+    "no device": (["tiny", "--device", "gpu"], "device: expected cpu or cuda, got gpu$"),
+    "a model's device": (["{}:alone", "--device", "gpu"], "device: expected cpu or cuda, got gpu$"),
+    "no module's name": ([":f"], "':f' lacks a name: expected package.module:factory"),
+    "no factory's name": (["bad:"], "'bad:' lacks a name: expected package.module:factory"),
+    "a strength too small": (
+        ["tiny", "--penalty", "l1:1e-60"],
+        "penalty: lam: expected 0 or a number from 1e-12 to 1e\\+12, .*, got 1e-60",
+    ),
+    "a strength too large": (["tiny", "--penalty", "l2:1e30"], "penalty: lam: .*, got 1e\\+30"),
 }
 
 
@@ -414,6 +425,29 @@ def test_ctrl_c_prints_and_writes_what_was_measured(capsys, tmp_path, monkeypatc
     assert "pyreg accumulate_" in out
     assert "(stopped before all was measured)" in out
     assert json.loads(path.read_text())["complete"] is False
+
+
+def test_ctrl_c_while_files_are_written(capsys, tmp_path, monkeypatch):
+    """Nothing is lost, and afterwards it works as before."""
+    report = pytest.importorskip("pyreg.profiling.report")
+
+    def disturbed(result):
+        signal.raise_signal(signal.SIGINT)
+        return "the report"
+
+    monkeypatch.setattr(report, "html", disturbed)
+    before = signal.getsignal(signal.SIGINT)
+    path = tmp_path / "out.html"
+    assert run(capsys, "tiny", *QUICK, "--html", str(path))[0] == 0
+    assert path.read_text() == "the report"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_help_quotes_the_names_of_ways(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["profile", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "each in quotes, after the target; of: 'loop', 'loop, no .grad', 'foreach'," in out
 
 
 def test_ctrl_c_before_anything(capsys, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,9 @@ def _saved(path: Path) -> list[Entry]:
     with path.open("rb"):  # (else an unreadable file is said to be no archive)
         pass
     try:
-        found = torch.load(path, map_location="meta", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle's protocols
+            found = torch.load(path, map_location="meta", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path}: it holds more than weights, or is no file of torch.save; save the "
@@ -114,7 +117,8 @@ def _saved(path: Path) -> list[Entry]:
     if not _holds_weights(found):
         inner = {key: value for key, value in found.items() if _holds_weights(value)}
         if len(inner) > 1:
-            raise ValueError(f"{path}: weights under {_keys(inner)}; save the ones to profile alone")
+            said = f"weights under {_keys(inner)}; save the ones to profile alone"
+            raise ValueError(f"{path}: {said}")
         if inner:
             (found,) = inner.values()
         elif not any(isinstance(value, Tensor) for value in found.values()):

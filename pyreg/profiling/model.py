@@ -93,7 +93,7 @@ def profile(
         if step is not None:
             raise ValueError("step: a workload of shapes alone takes no training step")
         pairs, named, workload = [], [], model
-        where = torch.device("cpu" if device is None else device)
+        where = inputs.named_device("cpu" if device is None else device)
     else:
         pairs = inputs.pairs_of(model)
         named = inputs.trained(pairs)
