@@ -50,6 +50,19 @@ def test_another_record_makes_another_text(bench):
         readme.written(text.replace("table", "nothing"))
 
 
+@pytest.mark.parametrize(
+    ("backend", "cpu"),
+    [
+        ("native (CPU, x86-64-v4, OpenMP; no CUDA: built without CUDA)", "a chip (x86-64-v4)"),
+        ("torch (anything)", "a chip"),
+    ],
+)
+def test_the_sentence_on_optimizers_names_the_machine(bench, backend, cpu):
+    where = {"cpu": "a chip", "threads": "3", "backend": backend}
+    lines = [line | where for line in bench["readme"].csv_rows("optim")]
+    assert bench["readme"].optimizers(lines).endswith(f" on 2,000 x 1,000: 3 threads of an {cpu}.")
+
+
 def _slower(row: Row) -> Row:
     return replace(row, seconds=row.seconds and 2 * row.seconds, p10=row.p10 and 2 * row.p10)
 
