@@ -53,8 +53,7 @@ class Profile(Record):
         return [row for row in self.rows if row.adds is not None and row.job in jobs]
 
     def advice(self) -> str:
-        """Which way is best for this model, in one sentence; a second one if no way can be told,
-        because the machine was busy."""
+        """Which way is best for this model, in one sentence; then, if the machine was busy, that."""
         first = self.rows[0]
         said, named = [], []
         for exact_zeros, adamw, why in (
