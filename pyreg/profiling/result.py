@@ -53,7 +53,7 @@ class Profile(Record):
         return [row for row in self.rows if row.adds is not None and row.job in jobs]
 
     def advice(self) -> str:
-        """Which way is best for this model, in one sentence; then, if the machine was busy, that."""
+        """Which way is best for this model, in one sentence; the next says of a busy machine."""
         first = self.rows[0]
         said, named = [], []
         for exact_zeros, adamw, why in (
