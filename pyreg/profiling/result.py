@@ -62,15 +62,15 @@ class Profile(Record):
             (True, False, "for exact zeros"),
             (True, True, "for exact zeros with AdamW"),
         ):
-            row = self.best(exact_zeros, adamw)
-            if row is None or (adamw and not any(r.way == UPDATE for r in self.rows)):
+            row, known = self.best(exact_zeros, adamw), self._known(exact_zeros, adamw)
+            if row is None or (adamw and not any(r.job.startswith("update") for r in known)):
                 continue
             if adamw and row in named:
                 said.append(f"{why} the same")
                 continue
             named.append(row)
             said.append(f"{why} {_CALL[row.way]}, which {self._adds(row)}")
-            if alike := self._alike(row, self._known(exact_zeros, adamw)):
+            if alike := self._alike(row, known):
                 said[-1] += f", no measurable difference from {' or '.join(alike)}"
         loop = next((row for row in self.rows if row.way == "loop" and row.adds is not None), None)
         if loop is not None and loop not in named:
