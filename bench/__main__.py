@@ -7,7 +7,6 @@ peers, overhead. `python -m bench all` runs everything, and writes every record,
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import json
 import sys
@@ -30,17 +29,19 @@ def arguments() -> argparse.Namespace:
     # (The optimizers have a benchmark of their own.)
     ways = [name for name in WAYS if name not in LIMITS and not WAYS[name].job.startswith("update")]
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("name", nargs="?", default="cpu", help="of the record (default: cpu)")
+    parser.add_argument("part", nargs="?", help="if any, first")
+    parser.add_argument("--name", default="cpu", help="of the record (default: cpu)")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(targets.JUDGED))
     parser.add_argument("--ways", nargs="+", choices=ways, default=ways, metavar="WAY",
-                        help=f"of: {', '.join(ways)}")  # fmt: skip
+                        help=f"each in quotes; of: {', '.join(map(repr, ways))}")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=31, help="samples per way")
     parser.add_argument("--seconds", type=float, default=20.0, help="at most, per way")
     parser.add_argument("--skip-builds", action="store_true", help="do not compare native builds")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
     options = parser.parse_args()
-    if meant := difflib.get_close_matches(options.name, [*PARTS, "all"]):
-        parser.error(f"there is no part {options.name}; {meant[0]} is one")
+    if options.part is not None:
+        parts = ", ".join([*PARTS, "all"])
+        parser.error(f"{options.part!r}: a part comes first, alone, and is one of {parts}")
     return options
 
 

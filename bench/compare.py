@@ -25,7 +25,8 @@ from pyreg.profiling.record import milliseconds
 from pyreg.profiling.timing import Timing, summarize
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("workload", "dtype", "penalty", "sweep", "way")  # what tells rows from one another
+SIZES = ("tensors", "elements")
+NAMES = ("workload", "dtype", *SIZES, "penalty", "sweep", "way")  # what tells rows from one another
 Key = tuple[str, ...]
 
 
@@ -62,7 +63,7 @@ def read(path: Path) -> dict[Key, Timing]:
         else:
             rows = json.loads(path.read_text())["rows"]
         return {
-            tuple(row[name] for name in NAMES if name in row): Timing(
+            _key(row): Timing(
                 *(float(row[q]) for q in ("seconds", "p10", "p90")), int(row.get("samples") or 0)
             )
             for row in rows
@@ -70,6 +71,10 @@ def read(path: Path) -> dict[Key, Timing]:
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: no record of this benchmark ({error!r})") from error
+
+
+def _key(row: Mapping[str, object]) -> Key:
+    return tuple(f"{row[n]} {n}" if n in SIZES else row[n] for n in NAMES if n in row)
 
 
 def pairs(a: Mapping[Key, Timing], b: Mapping[Key, Timing]) -> list[Pair]:

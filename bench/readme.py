@@ -88,9 +88,12 @@ def optimizers(rows: Sequence[Line]) -> str:
         f"{times(w, 'pyreg, grad')} (gradient) and {times(w, 'pyreg, prox')} (prox) {title}"
         for w, title in workloads.items()
     ]
+    where = rows[0]
+    found = re.search(r"\(CPU, ([^,;)]+)", where["backend"])
+    cpu = f"{where['cpu']} ({found[1]})" if found else where["cpu"]
     return (
         "Against torch's fused AdamW *without* a penalty, a step with an elastic net takes "
-        f"{', '.join(both)}."
+        f"{', '.join(both)}: {where['threads']} threads of an {cpu}."
     )
 
 

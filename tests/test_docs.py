@@ -69,6 +69,10 @@ def test_every_block_runs(page, tmp_path, monkeypatch):
         exec(compile("\n" * line + block[1], str(page), "exec"), known)
 
 
+def test_the_first_block_needs_nothing_else():
+    exec(BLOCK.findall((ROOT / "docs" / "index.md").read_text())[0], {})
+
+
 def test_the_reader_of_blocks_sees_them():
     assert sum(len(BLOCK.findall(page.read_text())) for page in PAGES) > 25
     assert BLOCK.findall("a\n```python\nx = 1\n```\n```sh\nls\n```\n") == ["x = 1\n"]

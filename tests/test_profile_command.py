@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -111,10 +112,14 @@ def test_threads_are_put_back(capsys):
     assert torch.get_num_threads() == before
 
 
-def test_scale_and_dtype(capsys):
-    status, out, _ = run(capsys, "resnet50", *QUICK, "--scale", "1e-4", "--dtype", "bfloat16")
+def test_scale_and_dtype(capsys, tmp_path):
+    path = tmp_path / "scaled.json"
+    options = ["--scale", "1e-4", "--dtype", "bfloat16", "--json", str(path)]
+    status, out, _ = run(capsys, "resnet50", *QUICK, *options)
     assert status == 0
-    assert "For resnet50 (161 tensors, " in out
+    names = {row["workload"] for row in json.loads(path.read_text())["rows"]}
+    assert names == {"resnet50, scale 0.0001"}
+    assert "For resnet50, scale 0.0001 (161 tensors, " in out
     assert "flat.sum() as float32" in out, "16-bit elements"
 
 
@@ -130,7 +135,7 @@ def test_a_factory(capsys, factories):
     assert "of a step" in out
     status, out, _ = run(capsys, f"{factories}:Inner.alone", *QUICK)
     assert status == 0
-    assert "For Linear (2 tensors, 0.06 kB) " in out
+    assert "For Linear (2 tensors, 60 bytes) " in out
 
 
 @pytest.mark.parametrize("name", ["lazy", "elsewhere"])
@@ -185,20 +190,53 @@ def test_a_state_dict(tmp_path, wrap):
     assert dict(found.shapes) == {name: tuple(p.shape) for name, p in net.named_parameters()}
 
 
+@pytest.mark.parametrize("key", ["net", "params", "ema", "generator"])
+def test_a_state_dict_under_another_key(key, tmp_path):
+    """Beside an optimizer's, random numbers and a figure."""
+    net = nn.Linear(5, 2)
+    beside = {"optimizer": torch.optim.AdamW(net.parameters()).state_dict(), "epoch": 3}
+    beside |= {"random": {"torch": torch.get_rng_state()}, "best": torch.tensor(0.9)}
+    torch.save(beside | {key: net.state_dict()}, tmp_path / "net.pt")
+    assert dict(files.read(tmp_path / "net.pt").shapes) == {"weight": (2, 5), "bias": (2,)}
+    torch.save({"scale": torch.tensor(1.0)}, tmp_path / "one.pt")
+    assert dict(files.read(tmp_path / "one.pt").shapes) == {"scale": ()}
+
+
+def test_weights_among_which_to_choose(tmp_path):
+    state = nn.Linear(5, 2).state_dict()
+    torch.save({"generator": state, "discriminator": state, "epoch": 3}, tmp_path / "gan.pt")
+    said = "gan.pt: weights under 'generator', 'discriminator'; save the ones to profile alone"
+    with pytest.raises(ValueError, match=said):
+        files.read(tmp_path / "gan.pt")
+    torch.save({"epoch": 3, "args": {"lr": 0.1}}, tmp_path / "none.pt")
+    with pytest.raises(ValueError, match=r"it holds no weights of .*; its keys: 'epoch', 'args'$"):
+        files.read(tmp_path / "none.pt")
+
+
+def test_the_numbers_in_a_file_are_not_loaded(tmp_path, monkeypatch):
+    found, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: found.append(load(*a, **k)) or found[-1])
+    torch.save(nn.Linear(5, 2).state_dict(), tmp_path / "net.pt")
+    files.read(tmp_path / "net.pt")
+    assert [t.device.type for t in found[0].values()] == ["meta", "meta"]
+
+
 class Bomb:
     def __reduce__(self):
         return Path.touch, (Path("exploded"),)
 
 
-def test_no_pickle_is_executed(capsys, tmp_path, monkeypatch):
+def test_no_pickle_is_executed(capsys, tmp_path, monkeypatch, recwarn):
     monkeypatch.chdir(tmp_path)
     torch.save({"w": torch.ones(2), "bomb": Bomb()}, "net.pt")
-    Path("plain.pt").write_bytes(pickle.dumps({"bomb": Bomb()}, protocol=2))
-    for name in ("net.pt", "plain.pt"):
+    for protocol in (2, 4):
+        Path(f"{protocol}.pt").write_bytes(pickle.dumps({"bomb": Bomb()}, protocol=protocol))
+    for name in ("net.pt", "2.pt", "4.pt"):
         status, _, err = run(capsys, name, *QUICK)
         assert status == 1
         assert f"{name}: " in err
         assert not Path("exploded").exists()
+    assert not recwarn.list, "the sentence is enough"
 
 
 BAD_FILES = {
@@ -290,8 +328,16 @@ MISTAKES = {
         r"--threads: .* up to \d+ .*, got 99999999",
     ),
     "seconds": (["tiny", "--seconds", "inf"], "seconds: expected a finite number, 0 or above"),
-    "a device": (["tiny", "--device", "mps"], "device: expected cpu or cuda, got mps"),
-    "no device": (["tiny", "--device", "nonsense"], "nonsense"),
+    "a device": (["tiny", "--device", "mps"], "device: expected cpu or cuda, got mps$"),
+    "no device": (["tiny", "--device", "gpu"], "device: expected cpu or cuda, got gpu$"),
+    "a model's device": (["{}:alone", "--device", "gpu"], "device: expected cpu or cuda, got gpu$"),
+    "no module's name": ([":f"], "':f' lacks a name: expected package.module:factory"),
+    "no factory's name": (["bad:"], "'bad:' lacks a name: expected package.module:factory"),
+    "a strength too small": (
+        ["tiny", "--penalty", "l1:1e-60"],
+        "penalty: lam: expected 0 or a number from 1e-12 to 1e\\+12, .*, got 1e-60",
+    ),
+    "a strength too large": (["tiny", "--penalty", "l2:1e30"], "penalty: lam: .*, got 1e\\+30"),
 }
 
 
@@ -379,6 +425,29 @@ def test_ctrl_c_prints_and_writes_what_was_measured(capsys, tmp_path, monkeypatc
     assert "pyreg accumulate_" in out
     assert "(stopped before all was measured)" in out
     assert json.loads(path.read_text())["complete"] is False
+
+
+def test_ctrl_c_while_files_are_written(capsys, tmp_path, monkeypatch):
+    """Nothing is lost, and afterwards it works as before."""
+    report = pytest.importorskip("pyreg.profiling.report")
+
+    def disturbed(result):
+        signal.raise_signal(signal.SIGINT)
+        return "the report"
+
+    monkeypatch.setattr(report, "html", disturbed)
+    before = signal.getsignal(signal.SIGINT)
+    path = tmp_path / "out.html"
+    assert run(capsys, "tiny", *QUICK, "--html", str(path))[0] == 0
+    assert path.read_text() == "the report"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_help_quotes_the_names_of_ways(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["profile", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "each in quotes, after the target; of: 'loop', 'loop, no .grad', 'foreach'," in out
 
 
 def test_ctrl_c_before_anything(capsys, monkeypatch):

@@ -219,6 +219,37 @@ def test_an_optimizer_that_the_step_makes():
     assert not made[0].state
 
 
+@pytest.mark.parametrize("kind", ["attached", "inside", "by hand"])
+def test_what_a_regularizer_counts(kind):
+    """And a strength that the step changes, and the last value."""
+    net, lam = Net(), torch.tensor(0.5)
+    reg = pyreg.Regularizer(net.layer, pyreg.L1(lam))
+    if kind == "inside":
+        _, step = optimized(net, pyreg.optim.AdamW, regularizer=reg)
+    else:
+        optimizer, step = optimized(net)
+    if kind == "attached":
+        reg.attach(optimizer)
+        step()
+    if kind == "by hand":
+        reg.accumulate_()
+        reg.advance()
+    value = reg.last_value["*"].item()
+    assert reg.step == 1
+
+    def changing() -> None:
+        step()
+        if kind == "by hand":
+            reg.accumulate_()
+            reg.advance()
+        lam.mul_(0.5)
+
+    profiled(net, changing)
+    assert reg.step == 1
+    assert reg.last_value["*"].item() == value
+    assert lam == 0.5
+
+
 def test_random_numbers():
     numpy = pytest.importorskip("numpy")
     net = Net()

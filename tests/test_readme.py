@@ -50,6 +50,19 @@ def test_another_record_makes_another_text(bench):
         readme.written(text.replace("table", "nothing"))
 
 
+@pytest.mark.parametrize(
+    ("backend", "cpu"),
+    [
+        ("native (CPU, x86-64-v4, OpenMP; no CUDA: built without CUDA)", "a chip (x86-64-v4)"),
+        ("torch (anything)", "a chip"),
+    ],
+)
+def test_the_sentence_on_optimizers_names_the_machine(bench, backend, cpu):
+    where = {"cpu": "a chip", "threads": "3", "backend": backend}
+    lines = [line | where for line in bench["readme"].csv_rows("optim")]
+    assert bench["readme"].optimizers(lines).endswith(f" on 2,000 x 1,000: 3 threads of an {cpu}.")
+
+
 def _slower(row: Row) -> Row:
     return replace(row, seconds=row.seconds and 2 * row.seconds, p10=row.p10 and 2 * row.p10)
 
@@ -97,7 +110,19 @@ def test_a_profile_is_set_beside_the_benchmark(bench, tmp_path, capsys):
     paths = [str(tmp_path / name) for name in ("bench.json", "profile.json")]
     assert bench["compare"].main(paths) == 0
     out = capsys.readouterr().out
-    assert all(f"tiny, float32, elastic_net, {row.way} " in out for row in rows), out
+    names = "tiny, float32, 6 tensors, 4200 elements, elastic_net"
+    assert all(f"{names}, {row.way} " in out for row in rows), out
+
+
+def test_rows_of_other_sizes_are_not_compared(bench, tmp_path):
+    """As those of `bench scaling`, which have one name."""
+    small = row("loop", 1.0)
+    large = replace(small, elements=2000, seconds=2.0)
+    Record(environment(), (large, small)).to_json(tmp_path / "a.json")
+    Record(environment(), (large,)).to_csv(tmp_path / "b.csv")
+    compare = bench["compare"]
+    found = compare.pairs(*(compare.read(tmp_path / name) for name in ("a.json", "b.csv")))
+    assert [pair.ratio for pair in found] == [1.0]
 
 
 def test_the_record_of_overhead_is_below_its_bound(bench):
@@ -215,12 +240,16 @@ def test_all_is_every_part(bench, monkeypatch):
     assert re.search(r"^bench:.*\n.* -m bench all$", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
-def test_a_part_that_is_mistyped_is_not_the_name_of_a_record(bench, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["bench", "scalling"])
-    with pytest.raises(SystemExit) as stopped:
-        importlib.import_module("bench.__main__").arguments()
-    assert stopped.value.code == 2
-    assert "there is no part scalling; scaling is one" in capsys.readouterr().err
+def test_what_is_no_part_is_not_the_name_of_a_record(bench, monkeypatch, capsys):
+    entry = importlib.import_module("bench.__main__")
+    for words in (["nonsense"], ["all", "--rounds", "3"], ["--rounds", "3", "scaling"]):
+        monkeypatch.setattr("sys.argv", ["bench", *words])
+        with pytest.raises(SystemExit) as stopped:
+            entry.arguments()
+        assert stopped.value.code == 2
+        assert ": a part comes first, alone, and is one of compare, " in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["bench", "--name", "laptop"])
+    assert entry.arguments().name == "laptop"
 
 
 def test_the_roofline_has_a_point_for_each_way(bench, tmp_path):

@@ -6,7 +6,9 @@ import argparse
 import importlib.util
 import math
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -54,7 +56,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     ways = [name for name in WAYS if name not in LIMITS]
     parser.add_argument(
         "--ways", nargs="+", choices=ways, metavar="WAY", default=list(DEFAULT),
-        help=f"of: {', '.join(ways)}",
+        help=f"each in quotes, after the target; of: {', '.join(map(repr, ways))}",
     )  # fmt: skip
     parser.add_argument("--seconds", type=float, default=3.0, help="at most, for each way")
     parser.add_argument(
@@ -117,8 +119,9 @@ def _run(options: argparse.Namespace) -> int:
                 raise
             fits = (options.scale or 1.0) * error.fits
             raise MemoryError(f"{error}; try --scale {_rounded_down(fits)}") from error
-    print(result.table())
-    _write(result, options)
+    with _undisturbed():
+        print(result.table())
+        _write(result, options)
     if wrong := wrong_of_ours(result.rows):
         names = ", ".join(row.way for row in wrong)
         said = f"wrong by pyreg's own check: {names}; that is a mistake of pyreg's, not of yours"
@@ -155,6 +158,19 @@ def _check_outputs(options: argparse.Namespace) -> None:
             setattr(options, kind, path)
     if options.html is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError('--html needs matplotlib: pip install "pyreg[profile]"')
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Without Ctrl-C, by which what was measured would be lost."""
+    if threading.current_thread() is not threading.main_thread():  # where no signal arrives
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _write(result: Profile, options: argparse.Namespace) -> None:

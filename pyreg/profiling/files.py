@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ _SAFETENSORS = {
 _MOST = 100_000_000  # bytes of a header, as the format's own readers have it
 _DIMENSIONS = 64  # of a tensor, as torch's operations have it
 _WHERE = ("state_dict", "model_state_dict", "model", "module")  # checkpoints keep weights there
+_NONE = "it holds no weights of float32, float64, bfloat16 or float16"
 _BUFFERS = ("running_mean", "running_var")  # of norms: in the file, but not parameters
 Entry = tuple[str, tuple[int, ...], torch.dtype | None]  # None: of no dtype that is swept
 
@@ -42,7 +44,7 @@ def read(path: Path) -> Workload:
         if dtype is not None and math.prod(shape) and name.rpartition(".")[2] not in _BUFFERS
     ]
     if not kept:
-        raise ValueError(f"{path}: it holds no weights of float32, float64, bfloat16 or float16")
+        raise ValueError(f"{path}: {_NONE}")
     dtypes = [dtype for *_, dtype in kept]
     common = max(SWEPT_DTYPES, key=dtypes.count)
     return Workload(
@@ -97,7 +99,9 @@ def _saved(path: Path) -> list[Entry]:
     with path.open("rb"):  # (else an unreadable file is said to be no archive)
         pass
     try:
-        found = torch.load(path, map_location="meta", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle's protocols
+            found = torch.load(path, map_location="meta", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path}: it holds more than weights, or is no file of torch.save; save the "
@@ -110,7 +114,28 @@ def _saved(path: Path) -> list[Entry]:
             found = found[key]
     if not isinstance(found, Mapping):
         raise ValueError(f"{path}: expected a state_dict, got {type(found).__name__}")
+    if not _holds_weights(found):
+        inner = {key: value for key, value in found.items() if _holds_weights(value)}
+        if len(inner) > 1:
+            said = f"weights under {_keys(inner)}; save the ones to profile alone"
+            raise ValueError(f"{path}: {said}")
+        if inner:
+            (found,) = inner.values()
+        elif not any(isinstance(value, Tensor) for value in found.values()):
+            raise ValueError(f"{path}: {_NONE}; its keys: {_keys(found) or 'none'}")
     return list(_tensors(found.items()))
+
+
+def _holds_weights(found: object) -> bool:
+    """(A checkpoint may hold random numbers and figures too.)"""
+    return isinstance(found, Mapping) and any(
+        isinstance(t, Tensor) and t.ndim and t.dtype in SWEPT_DTYPES for t in found.values()
+    )
+
+
+def _keys(found: Mapping[Any, Any]) -> str:
+    """The first ones."""
+    return ", ".join([repr(key) for key in found][:8]) + (", ..." if len(found) > 8 else "")
 
 
 def _tensors(items: Iterable[tuple[Any, Any]]) -> Iterable[Entry]:

@@ -15,6 +15,8 @@ from .parameters import Parameters
 from .ways import LIMITS, UPDATE, WAYS
 from .workloads import Workload
 
+# Of a strength: squares of the gradients, which AdamW keeps, and MCP's lam^2 are float32 numbers.
+_LEAST, _MOST = 1e-12, 1e12
 Model = nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | Workload
 
 
@@ -26,6 +28,11 @@ def check_penalty(penalty: object) -> None:
     for name, s in zip(penalty.parameters, penalty.strengths, strict=True):
         if not isinstance(s, float):
             raise TypeError(f"penalty: {name} is to be a number here, got {s!r}")
+        if name not in penalty.above and s and not _LEAST <= s <= _MOST:
+            raise ValueError(
+                f"penalty: {name}: expected 0 or a number from {_LEAST:g} to {_MOST:g}, which "
+                f"training in float32 can hold, got {s:g}"
+            )
 
 
 def check_ways(ways: Sequence[str]) -> list[str]:
@@ -70,8 +77,8 @@ def trained(pairs: Sequence[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
             raise TypeError(f"{label(i, name)}: a {kind} cannot be copied; profile what it holds")
         if t.device.type == "meta":
             raise ValueError(
-                f"{label(i, name)}: is on meta and has no memory; give it some, or profile a "
-                "Workload of the model's shapes"
+                f"{label(i, name)}: is on meta and has no memory; make the model on cpu, or call "
+                "its to_empty(device='cpu') and initialise it"
             )
         check_memory(t, label(i, name))
     if not any(t.numel() for _, t in found):
@@ -92,11 +99,18 @@ def device_of(
             found = ", ".join(map(str, own))
             raise ValueError(f"model: it is on {found}; say where to profile it: device=...")
         return own[0]
-    where = torch.device(asked)
+    where = named_device(asked)
     if step is not None and [d.type for d in own] != [where.type]:
         found = ", ".join(map(str, own))
         raise ValueError(f"step: it runs on {found}, and the ways are to be measured on {where}")
     return where
+
+
+def named_device(name: torch.device | str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device: expected cpu or cuda, got {name}") from None
 
 
 def check_device(device: torch.device) -> None:

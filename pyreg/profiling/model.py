@@ -54,9 +54,10 @@ def profile(
     result was checked against the formulas in float64; a wrong one is not timed, and its row says
     so. That takes memory, up to 10.2 N with the default ways (N: the bytes of the parameters),
     which is compared with what is free before anything runs. `step` is the caller's own and runs on
-    the model itself; parameters, buffers, gradients, `training`, `requires_grad`, random numbers
-    and the torch optimizers of these parameters are put back afterwards, from copies: 2 N more,
-    and the optimizers' states, the buffers and the parameters that are not penalised.
+    the model itself; parameters, buffers, gradients, `training`, `requires_grad`, random numbers,
+    the torch optimizers and the Regularizers of these parameters are put back afterwards, from
+    copies: 2 N more, and the optimizers' states, the buffers and the parameters that are not
+    penalised.
 
     A way `adds` its own time to a step; an optimizer with the penalty inside adds what it takes
     longer than torch's fused one without. `share` is that over the whole step, the penalty in it.
@@ -92,7 +93,7 @@ def profile(
         if step is not None:
             raise ValueError("step: a workload of shapes alone takes no training step")
         pairs, named, workload = [], [], model
-        where = torch.device("cpu" if device is None else device)
+        where = inputs.named_device("cpu" if device is None else device)
     else:
         pairs = inputs.pairs_of(model)
         named = inputs.trained(pairs)

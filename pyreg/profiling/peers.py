@@ -23,13 +23,14 @@ class NotWritten(TypeError):
     """Nobody has such a way for this penalty."""
 
 
-def strengths_of(penalty: Penalty) -> tuple[float, float]:
-    """(strength of sum |w|, strength of sum w^2), for the penalties that are made of these."""
+def strengths_of(penalty: Penalty) -> tuple[float | None, float | None]:
+    """(strength of sum |w|, strength of sum w^2), for the penalties that are made of these; None
+    for the one that it is not made of."""
     match penalty:
         case L1(lam):
-            return lam, 0.0
+            return lam, None
         case L2(lam):
-            return 0.0, lam
+            return None, lam
         case ElasticNet(l1, l2):
             return l1, l2
     raise NotWritten(f"written for L1, L2 and elastic net, not for {type(penalty).__name__}")
@@ -50,12 +51,12 @@ def loop(parameters: Parameters, penalty: Penalty) -> Callable[[], Tensor]:
 
     def run() -> Tensor:
         reg = 0
-        if l1:
+        if l1 is not None:
             total = 0
             for p in params:
                 total = total + torch.sum(torch.abs(p))
             reg = reg + l1 * total
-        if l2:
+        if l2 is not None:
             total = 0
             for p in params:
                 total = total + p.pow(2).sum()
@@ -95,27 +96,27 @@ def foreach_into_grad(parameters: Parameters, penalty: Penalty) -> Callable[[], 
     def run() -> Tensor:
         params = parameters.tensors
         grads = [p.grad for p in params]
-        if l1:
+        if l1 is not None:
             torch._foreach_add_(grads, torch._foreach_sign(params), alpha=l1)
-        if l2:
+        if l2 is not None:
             torch._foreach_add_(grads, params, alpha=2 * l2)
         return _norms(params, l1, l2)
 
     return run
 
 
-def _norms(params: Sequence[Tensor], l1: float, l2: float) -> Tensor:
+def _norms(params: Sequence[Tensor], l1: float | None, l2: float | None) -> Tensor:
     value = 0
-    if l1:
+    if l1 is not None:
         value = value + l1 * torch.stack(torch._foreach_norm(params, 1)).sum()
-    if l2:
+    if l2 is not None:
         value = value + l2 * torch.stack(torch._foreach_norm(params, 2)).square().sum()
     return value
 
 
 def compiled(parameters: Parameters, penalty: Penalty) -> Callable[[], Tensor]:
     """torch.compile of the loop: forward 1, backward 2, into .grad 3: 6 N."""
-    l1, l2 = torch.tensor(strengths_of(penalty), device=parameters.device)
+    l1, l2 = (torch.tensor(s or 0.0, device=parameters.device) for s in strengths_of(penalty))
 
     def run() -> Tensor:
         return _backward(_compile(_both)(parameters.tensors, l1, l2))
@@ -125,7 +126,7 @@ def compiled(parameters: Parameters, penalty: Penalty) -> Callable[[], Tensor]:
 
 def compiled_into_grad(parameters: Parameters, penalty: Penalty) -> Callable[[], Tensor]:
     """torch.compile of value and gradient formula, added to .grad with no graph: 3 N if fused."""
-    l1, l2 = torch.tensor(strengths_of(penalty), device=parameters.device)
+    l1, l2 = (torch.tensor(s or 0.0, device=parameters.device) for s in strengths_of(penalty))
 
     @torch.no_grad()
     def run() -> Tensor:

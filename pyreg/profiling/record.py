@@ -114,7 +114,9 @@ def megabytes(n: int) -> str:
 
 
 def size_of(n: int) -> str:
-    """In MB; in kB below 0.1 MB."""
+    """In MB; in kB below 0.1 MB, in bytes below 1 kB."""
+    if n < 1000:
+        return f"{n} bytes"
     return f"{n / 1e3:.3g} kB" if n < 1e5 else f"{megabytes(n)} MB"
 
 

@@ -61,6 +61,8 @@ def _made(text: str) -> Target:
     The current folder comes first on the path, and stays: factory and step may import from it too.
     """
     module_name, _, name = text.partition(":")
+    if not module_name or not name:
+        raise ValueError(f"{text!r} lacks a name: expected package.module:factory")
     sys.path.insert(0, os.getcwd())
     try:
         factory = attrgetter(name)(importlib.import_module(module_name))

@@ -12,20 +12,25 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from ..regularizer import Regularizer
+
 # What a step may change in an object, by its class.
 _PARTS = {
     nn.Module: ("training", "_parameters", "_buffers", "_modules"),
     Optimizer: ("state", "param_groups"),
+    Regularizer: ("step", "_last"),
 }
 
 
 class Kept:
-    """Modules and tensors, and the torch optimizers that step any of them, to be put back.
+    """Modules and tensors, the torch optimizers that step any of them, and the regularizers over
+    any of these, to be put back.
 
     That is modules' parameters, buffers, submodules and `training`; tensors' elements, sizes,
     gradients and `requires_grad`; optimizers' states and param groups, with all parameters in
-    these. The same objects are put back, not copies of them. What a program holds elsewhere (a data
-    loader's place, a learning-rate schedule) is not seen.
+    these; regularizers' steps, last values and strengths that are tensors. The same objects are put
+    back, not copies of them. What a program holds elsewhere (a data loader's place, a learning-rate
+    schedule) is not seen.
     """
 
     def __init__(self, *values: nn.Module | Tensor) -> None:
@@ -35,7 +40,9 @@ class Kept:
         self._tensors: list[_Tensor] = []
         self._add(*values)
         if values:
-            self._add(*(o for o in gc.get_objects() if self._is_stepped_by(o)))
+            objects = gc.get_objects()
+            self._add(*(o for o in objects if self._is_stepped_by(o)))
+            self._add(*(o for o in objects if self._is_penalised_by(o)))
 
     @property
     def bytes(self) -> int:
@@ -65,7 +72,11 @@ class Kept:
                     parts = [getattr(value, name) for name in names]
                     self._attributes += [(value, *pair) for pair in zip(names, parts, strict=True)]
                     self._add(*parts)
-            if isinstance(value, nn.Module):  # (the dicts of a scripted one are none of Python's)
+            if isinstance(value, Regularizer):
+                rules = value.rules.values()
+                strengths = (getattr(rule, name) for rule in rules for name in rule.parameters)
+                self._add(*(s for s in strengths if isinstance(s, Tensor)))
+            elif isinstance(value, nn.Module):  # (the dicts of a scripted one are none of Python's)
                 self._add(*value.parameters(recurse=False), *value.buffers(recurse=False))
                 self._add(*value.children())
             elif isinstance(value, dict):
@@ -85,6 +96,12 @@ class Kept:
             return False
         groups = getattr(found, "param_groups", [])
         return any(id(p) in self._seen for group in groups for p in group["params"])
+
+    def _is_penalised_by(self, found: object) -> bool:
+        if not issubclass(type(found), Regularizer):
+            return False
+        covered = getattr(found, "_covered", None)
+        return covered is not None and any(id(t) in self._seen for t in covered.tensors)
 
     def _meet(self, optimizer: Optimizer) -> None:
         """One that was made after this: it is kept as it is before its first step."""

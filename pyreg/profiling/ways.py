@@ -70,12 +70,14 @@ def _no_grad_yet(prepare: Callable[[Parameters, Penalty], Run]) -> Callable[...,
             nonlocal checked
             for p in tensors:
                 p.grad = None
-            value = inner()
-            if not checked:  # the first run is: its result is looked for in the kept gradients
-                checked = True
-                torch._foreach_copy_(kept, [p.grad for p in tensors])
-            for p, grad in zip(tensors, kept, strict=True):
-                p.grad = grad
+            try:
+                value = inner()
+                if not checked:  # the first run is: its result is looked for in the kept gradients
+                    checked = True
+                    torch._foreach_copy_(kept, [p.grad for p in tensors])
+            finally:
+                for p, grad in zip(tensors, kept, strict=True):
+                    p.grad = grad
             return value
 
         return run
@@ -100,7 +102,7 @@ def _value(parameters: Parameters, penalty: Penalty) -> Run:
 def _stats(parameters: Parameters, penalty: Penalty) -> Run:
     """All statistics; the value is made from them, so that they can be checked."""
     regularizer = Regularizer(parameters.named, penalty)
-    l1, l2 = peers.strengths_of(penalty)
+    l1, l2 = (s or 0.0 for s in peers.strengths_of(penalty))
 
     def run() -> Tensor:
         stats = regularizer.stats()

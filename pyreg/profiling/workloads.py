@@ -55,7 +55,8 @@ class Workload:
             return self
         factor = _factor(Counter(shape for _, shape in self.shapes), scale * self.elements)
         shapes = tuple((name, _shrunk(shape, factor)) for name, shape in self.shapes)
-        return replace(self, title=f"{self.title}, scale {scale:g}", shapes=shapes)
+        name, title = (f"{text}, scale {scale:g}" for text in (self.name, self.title))
+        return replace(self, name=name, title=title, shapes=shapes)
 
 
 def _factor(shapes: Mapping[tuple[int, ...], int], most: float) -> float:
