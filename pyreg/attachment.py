@@ -75,7 +75,7 @@ class Attachment:
             )
         self.reg, self.optimizer, self.mode = reg, optimizer, mode
         self._held: tuple[Any, ...] = ()
-        self._check_held()
+        self._check_held(reg._active())
         self._coupling = coupling
         self._metric = identity if metric == "identity" or mode == "grad" else metric_of(optimizer)
         self._check_groups()
@@ -98,10 +98,10 @@ class Attachment:
             group.pop(FIRST_LR, None)
         self.reg.release(self)
 
-    def _check_held(self) -> None:
+    def _check_held(self, penalised: Any) -> None:
         """When parameters or param groups are others than at the last call."""
         groups = [len(group["params"]) for group in self.optimizer.param_groups]
-        now = (self.reg._active(), *groups)
+        now = (penalised, *groups)
         if now != self._held:
             check_held(self.reg, self.optimizer)
             self._held = now
@@ -137,8 +137,7 @@ class Attachment:
         return (args[0], penalised, *args[2:]), kwargs
 
     def _add(self) -> None:
-        self._check_held()
-        add_gradients(self.reg, self.optimizer)
+        add_gradients(self.reg, self.optimizer, self._check_held)
 
     def _after_adding(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
         if not self._added:
@@ -150,21 +149,21 @@ class Attachment:
 
     # What can be wrong must be said before the weights have moved.
     def _before_prox(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.reg.check_ready()
-        self._check_held()
+        penalised = self.reg.check_ready()
+        self._check_held(penalised)
         self._check_groups()
         if not self._read:
-            self._check_states()
+            self._check_states(penalised)
         self._has_gradient = None
         if _closure(args, kwargs) is None:
-            self._has_gradient = {id(t) for _, t in self.reg.trainable() if t.grad is not None}
+            self._has_gradient = {id(t) for t in penalised.tensors if t.grad is not None}
 
-    def _check_states(self) -> None:
+    def _check_states(self, penalised: Any) -> None:
         """Raise ValueError if one that is there already lacks what the metric takes."""
-        state = self.optimizer.state
-        known = {id(t) for _, t in self.reg.trainable() if state.get(t)}
+        known = {id(t) for t in penalised.tensors if self.optimizer.state.get(t)}
+        metric = metric_of_rows(self.optimizer, self._metric, self._coupling, known)
         with suppress(ArithmeticError):  # a count of 0, which the step raises
-            self.reg.metrics(metric_of_rows(self.optimizer, self._metric, self._coupling, known))
+            self.reg.metrics(penalised, metric)
 
     def _after_prox(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
         moved = self._has_gradient
@@ -217,12 +216,15 @@ def check_held(reg: Regularizer, optimizer: Optimizer) -> None:
             )
 
 
-def add_gradients(reg: Regularizer, optimizer: Optimizer) -> None:
-    """Add the penalty's gradients to those that the optimizer is about to use."""
+def add_gradients(
+    reg: Regularizer, optimizer: Optimizer, look: Callable[[Any], None] = lambda penalised: None
+) -> None:
+    """Add the penalty's gradients to those that the optimizer is about to use; `look` may raise
+    before that, at what is penalised now."""
     # An optimizer that unscales gradients itself is given the loss scale for the step.
     given = getattr(optimizer, "grad_scale", None)
     scale = 1.0 if given is None else given
-    reg._accumulate(-scale if ascends(optimizer) else scale)
+    reg._accumulate(-scale if ascends(optimizer) else scale, look=look)
     if given is None:
         return
     # The scaler has looked for overflow already, and would let one of the sum pass.

@@ -350,9 +350,12 @@ class Regularizer:
         """Raise ValueError or TypeError if a strength is bad by now: a schedule's, or a tensor."""
         check_strengths(self._penalties)
 
-    def check_ready(self) -> None:
-        """Raise, naming the parameter, if a sweep would: a bad strength, an anchor or weight that
-        cannot be its parameter's by now, a backend that was asked for and cannot serve."""
+    def check_ready(self) -> _Group:
+        """What is penalised now.
+
+        Raises, naming the parameter, if a sweep would: a bad strength, an anchor or weight that
+        cannot be its parameter's by now, a backend that was asked for and cannot serve.
+        """
         self.check_strengths()
         group = self._active()
         for i, pair in enumerate(group.packs.anchors or ()):
@@ -360,11 +363,18 @@ class Regularizer:
         if requested() != "auto":
             for pack in group.packs.current(group.tensors, group.label):
                 choose(pack)
+        return group
 
-    def _accumulate(self, scale: float | Tensor, create_grads: bool = False) -> tuple[Tensor, int]:
-        """The value, and how many gradients were added to."""
+    def _accumulate(
+        self,
+        scale: float | Tensor,
+        create_grads: bool = False,
+        look: Callable[[_Group], None] = lambda group: None,
+    ) -> tuple[Tensor, int]:
+        """The value, and how many gradients were added to; `look` may raise before that."""
         check_scale(scale)
         group = self._active()
+        look(group)
         if not group.tensors:
             self._last = sweeps.Value(self._zero(), [[0.0] * len(self.rules)])
             return self._last.total, 1
@@ -382,7 +392,7 @@ class Regularizer:
     def _prox(self, metric: Callable[[Tensor], Metric | None]) -> None:
         """The proximal step in each parameter's metric; one without a metric is left alone."""
         group = self._active()
-        metrics = self.metrics(metric)
+        metrics = self.metrics(group, metric)
         group = self._part(group, bytes(m is not None for m in metrics))
         if group.tensors:
             found = [m for m in metrics if m is not None]
@@ -390,12 +400,14 @@ class Regularizer:
                 group.packs, group.tensors, found, self._penalties, group.label
             )
 
-    def metrics(self, metric: Callable[[Tensor], Metric | None]) -> list[Metric | None]:
-        """Of each parameter that is penalised now.
+    def metrics(
+        self, group: _Group, metric: Callable[[Tensor], Metric | None]
+    ) -> list[Metric | None]:
+        """Of each parameter of the group.
 
         Raises ValueError, naming it, if the optimizer's state of one lacks what its metric takes.
         """
-        group, found = self._active(), []
+        found: list[Metric | None] = []
         try:
             for t in group.tensors:
                 found.append(metric(t))
