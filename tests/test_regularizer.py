@@ -250,7 +250,7 @@ def test_scale(backend):
 
 @pytest.mark.filterwarnings("error")
 def test_numbers_that_require_gradients_warn_of_nothing(backend):
-    """Strength, scale and step: a sweep takes their numbers."""
+    """Strength, scale, step and learning rate: a sweep takes their numbers."""
 
     def learnable(x: float) -> torch.Tensor:
         return torch.tensor(x, requires_grad=True)
@@ -264,7 +264,7 @@ def test_numbers_that_require_gradients_warn_of_nothing(backend):
         reg.accumulate_(learnable(2.0))
         reg.prox_(learnable(1.0))
         optimizer = torch.optim.SGD([w], lr=learnable(1.0))
-        reg.attach(optimizer, "prox", "identity")
+        pyreg.Regularizer({"w": w}, pyreg.L1(0.25)).attach(optimizer, "prox", "identity")
         w.grad.zero_()
         optimizer.step()
     finally:
