@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -92,7 +93,7 @@ class Check:
         self.steps.append(step)
         print(f"{name} ...", flush=True)
         start = time.monotonic()
-        failed, lasts = "", []
+        failed, lasts, late = "", [], []
         with tempfile.TemporaryDirectory() as folder:
             running = [
                 (Path(folder, str(i)), self._start(command, Path(folder, str(i)), environment))
@@ -103,7 +104,9 @@ class Check:
                     code = process.wait(max(0.0, start + step.limit - time.monotonic()))
                     why = f"exit status {code}" if code else ""
                 except subprocess.TimeoutExpired:
-                    stop(process)
+                    late = late or [p for _, p in running if p.poll() is None]
+                    stop(late)
+                if process in late:
                     why = f"stopped after its {step.limit:.0f} s"
                 text = path.read_text(errors="replace")
                 self._log(f"== {name}: {' '.join(process.args)}\n{text}{why}\n")
@@ -148,15 +151,17 @@ class Check:
         return 1 if any(step.result == "failed" for step in self.steps) else 0
 
 
-def stop(process: subprocess.Popen) -> None:
-    """Interrupt it, so that it writes what it has; then end it, with its children."""
-    for signal_, seconds in ((signal.SIGINT, GRACE), (signal.SIGKILL, None)):
-        os.killpg(process.pid, signal_)
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            continue
-        break
+def stop(processes: list[subprocess.Popen]) -> None:
+    """Interrupt them, so that they write what they have; then end them, with their children."""
+    for process in processes:
+        os.killpg(process.pid, signal.SIGINT)
+    until = time.monotonic() + GRACE
+    for process in processes:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, until - time.monotonic()))
+        with suppress(ProcessLookupError):  # where none of them is left
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def install(check: Check, wheels: Path | None, work: Path, architecture: str) -> None:
