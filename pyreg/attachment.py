@@ -137,7 +137,9 @@ class Attachment:
         return (args[0], penalised, *args[2:]), kwargs
 
     def _add(self) -> None:
-        add_gradients(self.reg, self.optimizer, self._check_held)
+        penalised = self.reg._active()
+        self._check_held(penalised)
+        add_gradients(self.reg, self.optimizer, penalised)
 
     def _after_adding(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
         if not self._added:
@@ -216,21 +218,18 @@ def check_held(reg: Regularizer, optimizer: Optimizer) -> None:
             )
 
 
-def add_gradients(
-    reg: Regularizer, optimizer: Optimizer, look: Callable[[Any], None] = lambda penalised: None
-) -> None:
-    """Add the penalty's gradients to those that the optimizer is about to use; `look` may raise
-    before that, at what is penalised now."""
+def add_gradients(reg: Regularizer, optimizer: Optimizer, penalised: Any) -> None:
+    """Add the penalty's gradients, of what `reg._active()` is, to those that the optimizer is about
+    to use."""
     # An optimizer that unscales gradients itself is given the loss scale for the step.
     given = getattr(optimizer, "grad_scale", None)
     scale = 1.0 if given is None else given
-    reg._accumulate(-scale if ascends(optimizer) else scale, look=look)
+    reg._accumulate(penalised, -scale if ascends(optimizer) else scale)
     if given is None:
         return
     # The scaler has looked for overflow already, and would let one of the sum pass.
-    half = [
-        t.grad for _, t in reg.trainable() if t.grad is not None and t.grad.dtype == torch.float16
-    ]
+    grads = [t.grad for t in penalised.tensors if t.grad is not None]
+    half = [g for g in grads if g.dtype == torch.float16]
     if half:
         largest = torch.finfo(torch.float16).max
         torch._foreach_clamp_max_(half, largest)

@@ -141,7 +141,7 @@ class Regularizer:
             TypeError, ValueError: a scale that is not a finite number; a gradient that cannot be
                 its parameter's, or is another's too, by name. Nothing was written then.
         """
-        value, present = self._accumulate(scale, create_grads)
+        value, present = self._accumulate(self._active(), scale, create_grads)
         if present == 0:
             raise RuntimeError(
                 "accumulate_: no penalised parameter has a gradient; call it after backward(), or "
@@ -233,6 +233,7 @@ class Regularizer:
         self._attachment = inside
 
     def _check_free(self) -> None:
+        """Raise ValueError if it cannot be in an optimizer's step, or is in another's."""
         if self._attachment is not None:
             raise ValueError(
                 f"already attached to {type(self._attachment.optimizer).__name__}; detach() first"
@@ -366,15 +367,10 @@ class Regularizer:
         return group
 
     def _accumulate(
-        self,
-        scale: float | Tensor,
-        create_grads: bool = False,
-        look: Callable[[_Group], None] = lambda group: None,
+        self, group: _Group, scale: float | Tensor, create_grads: bool = False
     ) -> tuple[Tensor, int]:
-        """The value, and how many gradients were added to; `look` may raise before that."""
+        """The group's value, and how many gradients were added to."""
         check_scale(scale)
-        group = self._active()
-        look(group)
         if not group.tensors:
             self._last = sweeps.Value(self._zero(), [[0.0] * len(self.rules)])
             return self._last.total, 1

@@ -507,7 +507,7 @@ class Fused(LowPrecision):
         """The penalty's, to those of the stand-ins too."""
         reg = self.regularizer
         if part.rows is None and not standing:
-            add_gradients(reg, self)
+            add_gradients(reg, self, reg._active())
             return reg._last
         own = None if part.rows is None else set(map(id, tensors))
         group = reg._active()
