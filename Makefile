@@ -19,8 +19,8 @@ demo: $(VENV)/built
 test: $(VENV)/built ctest
 	$(PY) -P -m pytest --import-mode=importlib -m "not wheel"
 	TRITON_INTERPRET=1 $(PY) -P -m pytest --import-mode=importlib \
-		tests/test_sweeps.py tests/test_triton_kernels.py tests/test_triton_steps.py tests/test_triton_optim.py \
-		tests/test_triton_backend.py
+		tests/test_sweeps.py tests/test_triton_kernels.py tests/test_triton_steps.py tests/test_triton_precision.py \
+		tests/test_triton_optim.py tests/test_triton_backend.py
 
 # The C++ tests of csrc by itself.
 ctest: $(VENV)/installed

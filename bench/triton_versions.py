@@ -21,6 +21,7 @@ NUMPY = "numpy<2.4"  # the interpreter of Triton 3.3 to 3.6 fails with later one
 TESTS = (
     "tests/test_triton_kernels.py",
     "tests/test_triton_steps.py",
+    "tests/test_triton_precision.py",
     "tests/test_triton_backend.py",
     "tests/test_sweeps.py",
 )
