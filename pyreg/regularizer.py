@@ -14,7 +14,8 @@ from . import autograd, ops, sweeps
 from .attachment import Attachment, Coupling, Mode, check_held
 from .coverage import Coverage, Covered, report_rules, resolve
 from .dispatch import choose, requested
-from .look import Slots, require_grad, unchanged
+from .look import require_grad, unchanged
+from .members import pairs_of, slots_of
 from .metric import Metric
 from .pack import Packs, Pair, check, check_gradients, check_memory, check_pair, label
 from .penalties import (
@@ -101,7 +102,7 @@ class Regularizer:
         self.strict = strict
         self.step = 0
         self._model = model if isinstance(model, nn.Module) else None
-        self._pairs = [] if self._model is not None else _pairs(model)
+        self._pairs = [] if self._model is not None else pairs_of(model)
         self._attachment: Attachment | None = None
         self._last: sweeps.Value | None = None
         self._resolve()
@@ -467,7 +468,7 @@ class Regularizer:
             }
         self._covered = self._group(covered)
         names = [name for row in covered for name in (row.name, *row.aliases)]
-        self._slots = [] if self._model is None else _slots(self._model, names)
+        self._slots = [] if self._model is None else slots_of(self._model, names)
 
     def _group(self, covered: Sequence[Covered]) -> _Group:
         return _Group(covered, self.rules, self._anchors)
@@ -529,23 +530,6 @@ def _pair(rule: Penalty, row: Covered, label: str) -> Pair:
     return beside
 
 
-def _slots(model: nn.Module, names: Iterable[str]) -> list[Slots]:
-    """Where the module keeps these parameters, and each module on the way."""
-    places: dict[int, tuple[dict[str, Any], set[str]]] = {}
-    for name in names:
-        module = model
-        *path, last = name.split(".")
-        for key in path:
-            places.setdefault(id(module._modules), (module._modules, set()))[1].add(key)
-            module = module._modules[key]
-        places.setdefault(id(module._parameters), (module._parameters, set()))[1].add(last)
-    found = []
-    for place, wanted in places.values():
-        keys = tuple(key for key in place if key in wanted)
-        found.append((place, keys, tuple(place[key] for key in keys)))
-    return found
-
-
 def _names(strengths: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[str]]:
     return {pattern: list(names) for pattern, names in strengths.items()}
 
@@ -553,14 +537,3 @@ def _names(strengths: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[str]
 def _check_pattern(pattern: object, where: str) -> None:
     if not isinstance(pattern, str):
         raise TypeError(f"{where}: expected a pattern, got {pattern!r}")
-
-
-def _pairs(model: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-    if not isinstance(model, Iterable):
-        raise TypeError(f"model: expected a module or (name, tensor) pairs, got {model!r}")
-    pairs = list(model.items() if isinstance(model, Mapping) else model)
-    for i, pair in enumerate(pairs):
-        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
-            got = type(pair).__name__
-            raise TypeError(f"model: item {i}: expected a (name, tensor) pair, got {got}")
-    return pairs

@@ -23,7 +23,7 @@ LAYERS = [
     ["optim.fused"],
     ["optim.arguments", "optim.precision"],
     ["regularizer"],
-    ["attachment"],
+    ["attachment", "members"],
     ["functional"],
     ["autograd"],
     ["ops"],

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import members
 from ..pack import check as check_tensor
 from ..pack import check_memory, has_own_dispatch, label
 from ..penalties import Penalty
@@ -49,18 +50,8 @@ def check_ways(ways: Sequence[str]) -> list[str]:
 
 def pairs_of(model: Any) -> list[tuple[str, Tensor]]:
     """(name, tensor); each once, however it is tied."""
-    if isinstance(model, nn.Module):
-        pairs = list(model.named_parameters())
-    elif isinstance(model, Mapping):
-        pairs = list(model.items())
-    elif isinstance(model, Iterable) and not isinstance(model, Tensor | str):
-        pairs = list(model)
-    else:
-        raise TypeError(f"model: expected a module or (name, tensor) pairs, got {model!r}")
-    for i, pair in enumerate(pairs):
-        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
-            got = type(pair).__name__
-            raise TypeError(f"model: item {i}: expected a (name, tensor) pair, got {got}")
+    is_module = isinstance(model, nn.Module)
+    pairs = list(model.named_parameters()) if is_module else members.pairs_of(model)
     return list({id(t): (name, t) for name, t in reversed(pairs)}.values())[::-1]
 
 
