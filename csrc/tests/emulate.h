@@ -1,27 +1,14 @@
 // The CUDA kernels' code on the host: loops stand for blocks, warps and threads.
 #pragma once
 
-#include <cstdio>
 #include <cstring>
 #include <memory>
 #include <numeric>
 #include <random>
 
+#include "check.h"
 #include "cuda/block.h"
 #include "cuda/layout.h"
-
-inline int failures = 0;
-
-#define CHECK(condition, ...)                                       \
-  do {                                                              \
-    if (!(condition)) {                                             \
-      if (++failures <= 20) {                                       \
-        std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-        std::printf(__VA_ARGS__);                                   \
-        std::printf("\n");                                          \
-      }                                                             \
-    }                                                               \
-  } while (0)
 
 namespace pyreg::cuda {
 
