@@ -11,13 +11,13 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import steps, sweeps
+from . import steps, sweeps, walk
 from .penalties import PENALTIES
 from .updates import UPDATES
 
-INTERPRETED = sweeps.INTERPRETED.value
-CHUNK = sweeps.CHUNK.value
-THREADS = sweeps.THREADS.value
+INTERPRETED = walk.INTERPRETED.value
+CHUNK = walk.CHUNK.value
+THREADS = walk.THREADS.value
 METRIC = sweeps.METRIC.value
 NUMBERS = steps.NUMBERS.value
 STEP_TOTALS = steps.TOTALS.value

@@ -1,8 +1,9 @@
 """An optimizer's step: one kernel visits every element of every tensor, and its states.
 
-Rows, slots and totals are those of sweeps.py, so the bits depend on neither the grid nor the order
-of events. The elements of a chunk are taken in smaller blocks, as more lies beside each: weight,
-gradient, up to three states, and perhaps a float32 master of the weight, all in flight together.
+Rows, slots (sweeps.py) and totals are those of the sweeps, so the bits depend on neither the grid
+nor the order of events. The elements of a chunk are taken in smaller blocks, as more lies beside
+each: weight, gradient, up to three states, and perhaps a float32 master of the weight, all in
+flight together.
 """
 
 from __future__ import annotations
@@ -11,7 +12,11 @@ import triton
 import triton.language as tl
 
 from .penalties import at_least, divide
-from .sweeps import (
+from .totals import (
+    _finish,
+    _place,
+)
+from .walk import (
     CHUNK,
     FIRST,
     GROUP,
@@ -24,10 +29,8 @@ from .sweeps import (
     _at,
     _by_lane,
     _find_row,
-    _finish,
     _load,
     _narrow,
-    _place,
     _store,
 )
 
