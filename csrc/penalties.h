@@ -115,55 +115,56 @@ PYREG_FN C from_bits(Bits bits) {
 }
 
 // log(1 + x) for x >= 0, within 2^-23 (2^-52) of it relative. It is ours, as a library's does not
-// vectorize, nor give the same bits on every device: 1 + x = 2^k (1 + f) with 1 + f in [sqrt(1/2),
-// sqrt(2)), and `lost` what the sum 1 + x lost in rounding; then log(1 + f) by fdlibm's polynomial
-// (Sun Microsystems, 1993).
+// vectorize, nor give the same bits on every device. With 1 + x = 2^k (1 + f), 1 + f in
+// [least, 2 least): f = 2^-k x + (2^-k - 1) is rounded once, and exact near 0. Then
+// log(1 + f) + low: for float f - f^2 / 2 + f^3 p(f), p the minimax polynomial of degree 7 (within
+// 2^-27.6 of the logarithm, relative), for double fdlibm's (Sun Microsystems, 1993).
 template <class C>
 struct Log;
 template <>
 struct Log<float> {
   using Bits = uint32_t;
   static constexpr int kMantissa = 23;
-  static constexpr Bits kOne = 0x3f800000, kRoot = 0x3f3504f3;                 // 1 and sqrt(1/2)
+  static constexpr Bits kOne = 0x3f800000, kLeast = 0x3f400000;                // 1 and 3/4
   static constexpr float kHigh = 6.9313812256e-01f, kLow = 9.0580006145e-06f;  // ln 2
-  PYREG_FN static float polynomial(float z, float w) {
-    return z * (0.66666662693f + w * 0.28498786688f) + w * (0.40000972152f + w * 0.24279078841f);
+  PYREG_FN static float log_1_plus(float f, float low) {
+    const float z = f * f, w = z * z;
+    const float p = ((0.333334491f - 0.250000958f * f) + z * (0.199908613f - 0.166473123f * f)) +
+                    w * ((0.144783947f - 0.131611922f * f) + z * (0.10463021f - 0.0450748031f * f));
+    return (z * f * p + low - 0.5f * z) + f;
   }
 };
 template <>
 struct Log<double> {
   using Bits = uint64_t;
   static constexpr int kMantissa = 52;
-  static constexpr Bits kOne = 0x3ff0000000000000, kRoot = 0x3fe6a09e00000000;
+  static constexpr Bits kOne = 0x3ff0000000000000, kLeast = 0x3fe6a09e00000000;  // 1 and sqrt(1/2)
   static constexpr double kHigh = 6.93147180369123816490e-01, kLow = 1.90821492927058770002e-10;
-  PYREG_FN static double polynomial(double z, double w) {
-    return z * (6.666666666666735130e-01 +
-                w * (2.857142874366239149e-01 +
-                     w * (1.818357216161805012e-01 + w * 1.479819860511658591e-01))) +
-           w * (3.999999999940941908e-01 +
-                w * (2.222219843214978396e-01 + w * 1.531383769920937332e-01));
+  PYREG_FN static double log_1_plus(double f, double low) {
+    const double s = f / (2 + f), z = s * s, w = z * z, half = 0.5 * f * f;
+    const double p = z * (6.666666666666735130e-01 +
+                          w * (2.857142874366239149e-01 +
+                               w * (1.818357216161805012e-01 + w * 1.479819860511658591e-01))) +
+                     w * (3.999999999940941908e-01 +
+                          w * (2.222219843214978396e-01 + w * 1.531383769920937332e-01));
+    return (s * (half + p) + low - half) + f;
   }
 };
 template <class C>
 PYREG_FN C log_1_plus(C x) {
   using L = Log<C>;
   using Bits = typename L::Bits;
+  constexpr Bits kBias = L::kOne >> L::kMantissa;
   const C y = C(1) + x;
   Bits bits;
   __builtin_memcpy(&bits, &y, sizeof y);
-  bits += L::kOne - L::kRoot;
-  const Bits mantissa = bits & ((Bits(1) << L::kMantissa) - 1);
-  const C k = static_cast<C>(static_cast<int32_t>(bits >> L::kMantissa) -
-                             static_cast<int32_t>(L::kOne >> L::kMantissa));
-  const C f = from_bits<C>(mantissa + L::kRoot) - C(1);
-  const C lost = x < C(1) ? x - (y - C(1)) : C(1) - (y - x);
-  // Over y = 2^k (1 + f), of which a few bits are enough.
-  const Bits exponent = bits - mantissa;
-  const C inverse = from_bits<C>(exponent < 2 * L::kOne ? 2 * L::kOne - exponent : 0);
-  const C s = f / (C(2) + f), z = s * s, half = C(0.5) * f * f;
-  const C low = k * L::kLow + lost * inverse * (C(1) - f + f * f);
-  const C log = s * (half + L::polynomial(z, z * z)) + low - half + f;
-  return x < static_cast<C>(INFINITY) ? log + k * L::kHigh : x;
+  const Bits biased = (bits + (L::kOne - L::kLeast)) >> L::kMantissa;
+  const C k = static_cast<C>(static_cast<int32_t>(biased) - static_cast<int32_t>(kBias));
+  // Four times 2^-k, which is normal for every k.
+  const C scale = from_bits<C>((2 * kBias + 2 - biased) << L::kMantissa);
+  const C f = C(0.25) * (x * scale) + (C(0.25) * scale - C(1));
+  const C log = L::log_1_plus(f, k * L::kLow) + k * L::kHigh;
+  return x < static_cast<C>(INFINITY) ? log : x;
 }
 
 // lam * sum |w|

@@ -2,10 +2,10 @@
 //
 // A driver for each dtype walks a segment in blocks of kBlock elements; the maths on a block comes
 // by pointer, compiled for each penalty in the two compute types. (Drivers of their own for each
-// penalty would take three times as long to compile, and run no faster: 256 elements take a hundred
+// penalty would take three times as long to compile, and run no faster: a block takes a hundred
 // times as long as a call.)
 //
-// Lane j of a chunk adds its elements j, j + kBlock, ... in the compute type, at most kDepth of
+// Lane j of a chunk adds its elements j, j + kLanes, ... in the compute type, at most kDepth of
 // them, and then the lanes are added in double in a fixed order. So the bits do not depend on the
 // vector width, and a float32 sum of non-negative terms is within (kDepth + 1) * 2^-24 < 1.02e-6 of
 // the exact one in the worst case (additions and one multiplication per term), a hundred times
@@ -22,12 +22,12 @@
 namespace pyreg::cpu::PYREG_ISA {
 namespace {
 
-constexpr int kDepth = kChunk / kBlock;
+constexpr int kDepth = kChunk / kLanes;
 static_assert(kDepth == 16, "the error bound above assumes it");
 
-// The lanes of each sum.
+// The lanes of each sum, from that of a block's first element on.
 template <class C>
-using Lanes = C[kMaxSums][kBlock];
+using Lanes = C (*)[kLanes];
 
 // (The maths copies them: what is behind a pointer might change with every element written.)
 template <class C>
@@ -44,28 +44,28 @@ struct Strengths {
 template <class C>
 struct Maths {
   int sums_of_value;
-  void (*sums)(const C* x, int n, const C* c, Lanes<C>& lanes);
-  void (*sums_beside_roots)(const C* x, const C* c, Lanes<C>& lanes, const C* d, C factor, C offset,
+  void (*sums)(const C* x, int n, const C* c, Lanes<C> lanes);
+  void (*sums_beside_roots)(const C* x, const C* c, Lanes<C> lanes, const C* d, C factor, C offset,
                             C* q);
   void (*grad)(const C* x, int n, const C* c, C scale, C* y);
-  void (*add)(const C* x, const C* old, int n, const C* c, C scale, C* y, Lanes<C>& lanes);
+  void (*add)(const C* x, const C* old, int n, const C* c, C scale, C* y, Lanes<C> lanes);
   void (*prox)(const C* x, C step, int n, const C* c, C* y);
   void (*prox_ratio)(const C* x, C numerator, const C* q, int n, const C* c, C* y);
   // Anchored penalties: x is measured from the anchor, and each element has its weight, or step.
-  void (*weighted_sums)(const C* x, const C* weight, int n, const C* c, Lanes<C>& lanes);
+  void (*weighted_sums)(const C* x, const C* weight, int n, const C* c, Lanes<C> lanes);
   void (*weighted_grad)(const C* x, const C* weight, int n, const C* c, C scale, C* y);
   void (*stepwise_prox)(const C* x, const C* steps, int n, const C* c, C* y);
 };
 
 // (A sum after the other: a loop over them inside the loop over elements does not vectorize.)
 template <class P, class C>
-PYREG_FN void add_to(Lanes<C>& lanes, int j, C x, const C* c) {
+PYREG_FN void add_to(Lanes<C> lanes, int j, C x, const C* c) {
   lanes[0][j] = P::template add<0>(lanes[0][j], x, c);
   if constexpr (P::kSums > 1) lanes[1][j] = P::template add<1>(lanes[1][j], x, c);
 }
 
 template <class P, class C>
-void sums(const C* x, int n, const C* strengths, Lanes<C>& lanes) {
+void sums(const C* x, int n, const C* strengths, Lanes<C> lanes) {
   const Strengths<C> s(strengths);
 #pragma omp simd
   for (int j = 0; j < n; ++j) add_to<P>(lanes, j, x[j], s.c);
@@ -73,7 +73,7 @@ void sums(const C* x, int n, const C* strengths, Lanes<C>& lanes) {
 // Beside it q = factor * sqrt(d) + offset of another block: a root keeps the divider busy for
 // longer than the sums take.
 template <class P, class C>
-void sums_beside_roots(const C* x, const C* strengths, Lanes<C>& lanes, const C* d, C factor,
+void sums_beside_roots(const C* x, const C* strengths, Lanes<C> lanes, const C* d, C factor,
                        C offset, C* q) {
   const Strengths<C> s(strengths);
 #pragma omp simd
@@ -89,7 +89,7 @@ void grad(const C* x, int n, const C* strengths, C scale, C* y) {
   for (int j = 0; j < n; ++j) y[j] = scale * P::grad(x[j], s.c);
 }
 template <class P, class C>
-void add(const C* x, const C* old, int n, const C* strengths, C scale, C* y, Lanes<C>& lanes) {
+void add(const C* x, const C* old, int n, const C* strengths, C scale, C* y, Lanes<C> lanes) {
   const Strengths<C> s(strengths);
 #pragma omp simd
   for (int j = 0; j < n; ++j) {
@@ -135,7 +135,7 @@ constexpr auto kProxRatio<P, C, std::void_t<decltype(&P::template is_short<C>)>>
     prox_by_length<P, C>;
 
 template <class P, class C>
-void weighted_sums(const C* x, const C* weight, int n, const C* strengths, Lanes<C>& lanes) {
+void weighted_sums(const C* x, const C* weight, int n, const C* strengths, Lanes<C> lanes) {
   const Strengths<C> s(strengths);
 #pragma omp simd
   for (int j = 0; j < n; ++j) {
@@ -172,13 +172,15 @@ const Maths<C> maths[kPenalties] = {PYREG_PENALTIES(PYREG_MATHS)};
 // lanes are added to `sums`.
 template <class C, class Body>
 PYREG_FN void for_each_block(int64_t n, int count, double* sums, const Body& body) {
-  Lanes<C> lanes;
+  C lanes[kMaxSums][kLanes];
   for (int64_t chunk = 0; chunk < n; chunk += kChunk) {
     const int64_t end = chunk + at_most(n - chunk, kChunk);
-    const int used = at_most((end - chunk + 15) / 16 * 16, kBlock);  // (Small tensors are many.)
+    const int used = at_most((end - chunk + 15) / 16 * 16, kLanes);  // (Small tensors are many.)
     for (int k = 0; k < count; ++k)
       for (int j = 0; j < used; ++j) lanes[k][j] = C(0);
-    for (int64_t i = chunk; i < end; i += kBlock) body(i, at_most(end - i, kBlock), lanes);
+    for (int64_t i = chunk; i < end; i += kBlock)
+      body(i, at_most(end - i, kBlock),
+           reinterpret_cast<Lanes<C>>(lanes[0] + (i - chunk) % kLanes));
     for (int k = 0; k < count; ++k) sums[k] += reduce(lanes[k], used);
   }
 }
@@ -190,7 +192,7 @@ void value(int penalty, const void* w_, int64_t n, const double* strengths, doub
   const Strengths<C> s(strengths);
   const Maths<C>& of = maths<C>[penalty];
   C buffer[kBlock];
-  for_each_block<C>(n, of.sums_of_value, sums, [&](int64_t i, int m, Lanes<C>& lanes) {
+  for_each_block<C>(n, of.sums_of_value, sums, [&](int64_t i, int m, Lanes<C> lanes) {
     if (n - i > kBlock) prefetch(w + i);
     of.sums(widen(w + i, m, buffer), m, s.c, lanes);
   });
@@ -222,7 +224,7 @@ void accumulate(int penalty, const void* w_, void* g_, int64_t n, const double* 
   const Strengths<C> s(strengths);
   const Maths<C>& of = maths<C>[penalty];
   C w_buffer[kBlock], g_buffer[kBlock], result[kBlock];
-  for_each_block<C>(n, of.sums_of_value, sums, [&](int64_t i, int m, Lanes<C>& lanes) {
+  for_each_block<C>(n, of.sums_of_value, sums, [&](int64_t i, int m, Lanes<C> lanes) {
     if (n - i > kBlock) {
       prefetch(w + i);
       prefetch<1>(g + i);
@@ -265,13 +267,14 @@ void prox_in_metric(int penalty, void* w_, const void* moment_, int64_t n, const
   if (moment == nullptr)
     for (C& x : q) x = C(1);
   const C* stored = nullptr;  // the block before, if its sums are still to be added
-  for_each_block<C>(n, of.sums_of_value, sums, [&](int64_t i, int m, Lanes<C>& lanes) {
+  Lanes<C> stored_lanes;
+  for_each_block<C>(n, of.sums_of_value, sums, [&](int64_t i, int m, Lanes<C> lanes) {
     const bool more = n - i > kBlock;
     if (moment != nullptr) {
       if (more) prefetch(moment + i);
       const C* d = widen_to(moment + i, m, moment_buffer);
       if (metric.root && stored != nullptr && m == kBlock) {
-        of.sums_beside_roots(stored, s.c, lanes, d, factor, offset, q);
+        of.sums_beside_roots(stored, s.c, stored_lanes, d, factor, offset, q);
         stored = nullptr;
       } else if (metric.root) {
 #pragma omp simd
@@ -281,12 +284,13 @@ void prox_in_metric(int penalty, void* w_, const void* moment_, int64_t n, const
         for (int j = 0; j < m; ++j) q[j] = denominator(factor * d[j] + offset);
       }
     }
-    if (stored != nullptr) of.sums(stored, kBlock, s.c, lanes);
+    if (stored != nullptr) of.sums(stored, kBlock, s.c, stored_lanes);
     if (more) prefetch<1>(w + i);
     C* y = target(w + i, result);
     of.prox_ratio(widen(static_cast<const T*>(w + i), m, w_buffer), numerator, q, m, s.c, y);
     narrow(y, m, w + i);
     stored = widen(static_cast<const T*>(w + i), m, stored_buffer);
+    stored_lanes = lanes;
     if (!more || (i + kBlock) % kChunk == 0) {  // the chunk's last
       of.sums(stored, m, s.c, lanes);
       stored = nullptr;
@@ -302,28 +306,29 @@ void stats(const void* w_, int64_t n, Stats* stats) {
   C buffer[kBlock];
   for (int64_t chunk = 0; chunk < n; chunk += kChunk) {
     const int64_t end = chunk + at_most(n - chunk, kChunk);
-    C l1[kBlock] = {}, l2[kBlock] = {}, top[kBlock] = {};
-    int32_t zeros[kBlock] = {}, non_finite[kBlock] = {};
+    C l1[kLanes] = {}, l2[kLanes] = {}, top[kLanes] = {};
+    int32_t zeros[kLanes] = {}, non_finite[kLanes] = {};
     for (int64_t i = chunk; i < end; i += kBlock) {
-      const int m = at_most(end - i, kBlock);
+      const int m = at_most(end - i, kBlock), first = static_cast<int>(i - chunk) % kLanes;
       if (n - i > kBlock) prefetch(w + i);
       const C* x = widen(w + i, m, buffer);
 #pragma omp simd
       for (int j = 0; j < m; ++j) {
         const C a = absolute(x[j]);
-        l1[j] += a;
-        l2[j] = mul_add(a, a, l2[j]);
-        top[j] = a > top[j] ? a : top[j];  // passes over NaN, which l1 keeps
-        zeros[j] += a == C(0);
-        non_finite[j] += !(a < kInfinity);
+        const int lane = first + j;
+        l1[lane] += a;
+        l2[lane] = mul_add(a, a, l2[lane]);
+        top[lane] = a > top[lane] ? a : top[lane];  // passes over NaN, which l1 keeps
+        zeros[lane] += a == C(0);
+        non_finite[lane] += !(a < kInfinity);
       }
     }
-    stats->l1 += reduce(l1, kBlock);
-    stats->l2_squared += reduce(l2, kBlock);
+    stats->l1 += reduce(l1, kLanes);
+    stats->l2_squared += reduce(l2, kLanes);
     C highest = 0;
     int32_t zero = 0, not_finite = 0;
 #pragma omp simd reduction(max : highest) reduction(+ : zero, not_finite)
-    for (int j = 0; j < kBlock; ++j) {
+    for (int j = 0; j < kLanes; ++j) {
       highest = top[j] > highest ? top[j] : highest;
       zero += zeros[j];
       not_finite += non_finite[j];
@@ -427,7 +432,7 @@ void anchored_value(int penalty, const void* w_, const Anchor& anchor, int64_t b
   const Strengths<C> s(strengths);
   const Maths<C>& of = maths<C>[penalty];
   Measured<T> from;
-  for_each_block<C>(n, of.sums_of_value, sums, [&](int64_t i, int m, Lanes<C>& lanes) {
+  for_each_block<C>(n, of.sums_of_value, sums, [&](int64_t i, int m, Lanes<C> lanes) {
     from.read(w + i, anchor, begin + i, m);
     of.weighted_sums(from.x, from.weight, m, s.c, lanes);
   });
@@ -444,7 +449,7 @@ void anchored_gradient(int penalty, const void* w_, void* g_, const Anchor& anch
   Measured<T> from;
   C result[kBlock], buffer[kBlock], added[kBlock];
   const int count = sums == nullptr ? 0 : of.sums_of_value;
-  for_each_block<C>(n, count, sums, [&](int64_t i, int m, Lanes<C>& lanes) {
+  for_each_block<C>(n, count, sums, [&](int64_t i, int m, Lanes<C> lanes) {
     from.read(w + i, anchor, begin + i, m);
     of.weighted_grad(from.x, from.weight, m, s.c, static_cast<C>(scale), added);
     C* y = target(g + i, result);
@@ -474,7 +479,7 @@ void anchored_prox(int penalty, void* w_, const Anchor& anchor, int64_t begin, i
   Measured<T> from;
   C result[kBlock], buffer[kBlock], steps[kBlock], shrunk[kBlock];
   const int count = sums == nullptr ? 0 : of.sums_of_value;
-  for_each_block<C>(n, count, sums, [&](int64_t i, int m, Lanes<C>& lanes) {
+  for_each_block<C>(n, count, sums, [&](int64_t i, int m, Lanes<C> lanes) {
     from.read(w + i, anchor, begin + i, m);
     load(metric.moment, moment_dtype, i, m, C(0), steps);
     if (metric.moment == nullptr) {

@@ -7,8 +7,8 @@
 
 namespace pyreg::cpu {
 
-// Elements that are worked on at a time.
-constexpr int kBlock = 256;
+// The running sums of a chunk, side by side: the same on every machine.
+constexpr int kLanes = 256;
 
 // n elements at w (and g, and a metric's moment), of one dtype. Strengths come as double and are
 // rounded to the compute type; what is found is added to sums.

@@ -10,7 +10,7 @@ namespace {
 // lines on their way at a time, and would wait for a whole row's before it begins to compute.
 constexpr int kPiece = 64;
 
-// At most kBlock elements and their states in the compute type: as they were, and where their new
+// At most kLanes elements and their states in the compute type: as they were, and where their new
 // values go, which may be the same place.
 template <class C>
 struct Block {
@@ -30,9 +30,20 @@ struct Constants {
 
 // The lanes of the elastic net's two sums.
 template <class C>
-using Lanes = C[2][kBlock];
+using Lanes = C[2][kLanes];
+
+// The elastic net's sums at one weight.
+template <class C>
+PYREG_FN void add_to(Lanes<C>& lanes, int j, C w, const C* strengths) {
+  lanes[0][j] = ElasticNet::add<0>(lanes[0][j], w, strengths);
+  lanes[1][j] = ElasticNet::add<1>(lanes[1][j], w, strengths);
+}
 
 // Returns how many of the new weights are 0.
+//
+// A loop for the gradient, one for the states, one for the weight, one for the prox's sums: a core
+// renames some 160 registers, three elements' worth of the whole, which is too few to hide a root
+// and a division after each other. What lies between the loops stays in the first-level cache.
 template <class U, class C, With with>
 int32_t update(const Block<C>& block, const Constants<C>& given, Lanes<C>& lanes) {
   const Constants<C> constants = given;  // what is behind a pointer might change with every element
@@ -42,39 +53,50 @@ int32_t update(const Block<C>& block, const Constants<C>& given, Lanes<C>& lanes
   C* z = block.to;
   const C *was0 = block.was[0], *was1 = block.was[1], *was2 = block.was[2];
   C *now0 = block.now[0], *now1 = block.now[1], *now2 = block.now[2];
-  C *first = lanes[0], *second = lanes[1];
+  C gradients[kPiece], moves[kPiece], metrics[kPiece];
   int32_t zero = 0;
-  for (int piece = 0, k = 0; piece < block.n; piece += kPiece, ++k) {
+  for (int begin = 0, k = 0; begin < block.n; begin += kPiece, ++k) {
     prefetch<1>(block.at_w + k * block.bytes, block.bytes);
     prefetch<0>(block.at_g + k * block.bytes, block.bytes);
     for (int s = 0; s < U::kStates; ++s)
       prefetch<1>(block.at_state[s] + k * block.state_bytes, block.state_bytes);
-    const int end = at_most(block.n, piece + kPiece);
-#pragma omp simd reduction(+ : zero)
-    for (int j = piece; j < end; ++j) {
+    const int end = at_most(block.n, begin + kPiece);
+    const C* gradient = y;
+    if (with == With::kGradient) {
+#pragma omp simd
+      for (int j = begin; j < end; ++j) {
+        add_to(lanes, j, x[j], strengths);
+        gradients[j - begin] = penalised(y[j], x[j], by, strengths);
+      }
+      gradient = gradients - begin;
+    }
+#pragma omp simd
+    for (int j = begin; j < end; ++j) {
       C a = U::kStates > 0 ? was0[j] : C(0);
       C b = U::kStates > 1 ? was1[j] : C(0);
       C d = U::kStates > 2 ? was2[j] : C(0);
-      C from = x[j], gradient = y[j], q;
-      if (with == With::kGradient) {
-        first[j] = ElasticNet::add<0>(first[j], from, strengths);
-        second[j] = ElasticNet::add<1>(second[j], from, strengths);
-        gradient = penalised(gradient, from, by, strengths);
-      }
-      from = from * c[1];
-      const C move = U::move(from, gradient, a, b, d, q, c);
-      const C to = with == With::kProx
-                       ? moved_and_shrunk<U>(from, move, at_least(q, kSmallest<C>), by, strengths)
-                       : moved<U>(from, move, q);
-      if (with == With::kProx) {
-        first[j] = ElasticNet::add<0>(first[j], to, strengths);
-        second[j] = ElasticNet::add<1>(second[j], to, strengths);
-      }
-      if (with != With::kNothing) zero += to == C(0);
-      z[j] = to;
+      C q;
+      moves[j - begin] = U::move(x[j] * c[1], gradient[j], a, b, d, q, c);
+      metrics[j - begin] = q;
       if (U::kStates > 0) now0[j] = a;
       if (U::kStates > 1) now1[j] = b;
       if (U::kStates > 2) now2[j] = d;
+    }
+#pragma omp simd reduction(+ : zero)
+    for (int j = begin; j < end; ++j) {
+      const C from = x[j] * c[1], move = moves[j - begin], q = metrics[j - begin];
+      const C to = with == With::kProx
+                       ? moved_and_shrunk<U>(from, move, at_least(q, kSmallest<C>), by, strengths)
+                       : moved<U>(from, move, q);
+      if (with == With::kGradient) zero += to == C(0);
+      z[j] = to;
+    }
+    if (with == With::kProx) {
+#pragma omp simd reduction(+ : zero)
+      for (int j = begin; j < end; ++j) {
+        add_to(lanes, j, z[j], strengths);
+        zero += z[j] == C(0);
+      }
     }
   }
   return zero;
@@ -106,15 +128,15 @@ void step(int update, void* w_, const void* g_, void* const* states, int64_t n,
   for (int k = 0; k < kNumbers; ++k) c.numbers[k] = static_cast<C>(numbers[k]);
   c.strengths[0] = static_cast<C>(joined.l1), c.strengths[1] = static_cast<C>(joined.l2);
   c.by = static_cast<C>(joined.by);
-  C w_buffer[kBlock], g_buffer[kBlock], result[kBlock];
-  C was[kMaxStates][kBlock], now[kMaxStates][kBlock];
+  C w_buffer[kLanes], g_buffer[kLanes], result[kLanes];
+  C was[kMaxStates][kLanes], now[kMaxStates][kLanes];
   Lanes<C> lanes = {}, unused;  // of the weights as they are stored
   Lanes<C>& found = kExact || joined.with == With::kGradient ? lanes : unused;
   int64_t zeros = 0;
   Block<C> block;
   block.bytes = kPiece * sizeof(T), block.state_bytes = kPiece * sizeof(S);
-  for (int64_t i = 0; i < n; i += kBlock) {
-    const int m = block.n = at_most(n - i, kBlock);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int m = block.n = at_most(n - i, kLanes);
     block.w = widen(static_cast<const T*>(w + i), m, w_buffer);
     block.g = widen(g + i, m, g_buffer);
     block.to = target(w + i, result);
@@ -142,13 +164,10 @@ void step(int update, void* w_, const void* g_, void* const* states, int64_t n,
     zeros += zero_stored;
     if (joined.with == With::kGradient) continue;
 #pragma omp simd
-    for (int j = 0; j < m; ++j) {
-      lanes[0][j] = ElasticNet::add<0>(lanes[0][j], stored[j], c.strengths);
-      lanes[1][j] = ElasticNet::add<1>(lanes[1][j], stored[j], c.strengths);
-    }
+    for (int j = 0; j < m; ++j) add_to(lanes, j, stored[j], c.strengths);
   }
   if (joined.with == With::kNothing) return;
-  for (int k = 0; k < 2; ++k) joined.sums[k] += reduce(lanes[k], kBlock);
+  for (int k = 0; k < 2; ++k) joined.sums[k] += reduce(lanes[k], kLanes);
   *joined.zeros += zeros;
 }
 
