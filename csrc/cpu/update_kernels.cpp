@@ -61,14 +61,14 @@ int32_t update(const Block<C>& block, const Constants<C>& given, Lanes<C>& lanes
     for (int s = 0; s < U::kStates; ++s)
       prefetch<1>(block.at_state[s] + k * block.state_bytes, block.state_bytes);
     const int end = at_most(block.n, begin + kPiece);
-    const C* gradient = y;
+    const C* gradient = y + begin;
     if (with == With::kGradient) {
 #pragma omp simd
       for (int j = begin; j < end; ++j) {
         add_to(lanes, j, x[j], strengths);
         gradients[j - begin] = penalised(y[j], x[j], by, strengths);
       }
-      gradient = gradients - begin;
+      gradient = gradients;
     }
 #pragma omp simd
     for (int j = begin; j < end; ++j) {
@@ -76,7 +76,7 @@ int32_t update(const Block<C>& block, const Constants<C>& given, Lanes<C>& lanes
       C b = U::kStates > 1 ? was1[j] : C(0);
       C d = U::kStates > 2 ? was2[j] : C(0);
       C q;
-      moves[j - begin] = U::move(x[j] * c[1], gradient[j], a, b, d, q, c);
+      moves[j - begin] = U::move(x[j] * c[1], gradient[j - begin], a, b, d, q, c);
       metrics[j - begin] = q;
       if (U::kStates > 0) now0[j] = a;
       if (U::kStates > 1) now1[j] = b;
