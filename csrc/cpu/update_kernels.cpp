@@ -42,7 +42,7 @@ PYREG_FN void add_to(Lanes<C>& lanes, int j, C w, const C* strengths) {
 // Returns how many of the new weights are 0.
 //
 // A loop for the gradient, one for the states, one for the weight, one for the prox's sums: a core
-// renames some 160 registers, three elements' worth of the whole, which is too few to hide a root
+// renames some 160 registers, three iterations of the whole, which are too few to hide a root
 // and a division after each other. What lies between the loops stays in the first-level cache.
 template <class U, class C, With with>
 int32_t update(const Block<C>& block, const Constants<C>& given, Lanes<C>& lanes) {
