@@ -80,40 +80,41 @@ def at_least(a, limit):
 
 @triton.jit
 def log_1_plus(x):
-    """log(1 + x) for x >= 0, within 2^-23 (2^-52) of it relative: csrc/penalties.h tells how.
+    """log(1 + x) for x >= 0, within 2^-23 (2^-52) of it relative.
 
-    The quotient is a small correction, for which a GPU's own division is good enough.
+    1 + x = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), and `lost` is what the sum 1 + x lost in
+    rounding; then log(1 + f) by fdlibm's polynomial (Sun Microsystems, 1993). Both quotients are
+    small corrections, for which a GPU's own division is good enough. (csrc/penalties.h does without
+    them in float32; here that takes more registers, which spill.)
     """
     y = 1 + x
     if x.dtype == tl.float64:
-        biased = (y.to(tl.int64, bitcast=True) + (0x3FF0000000000000 - 0x3FE6A09E00000000)) >> 52
-        k = (biased - 1023).to(tl.int32).to(tl.float64)
-        scale = ((2048 - biased) << 52).to(tl.float64, bitcast=True)
-        high: tl.constexpr = 6.93147180369123816490e-01
-        low: tl.constexpr = 1.90821492927058770002e-10
+        bits = y.to(tl.int64, bitcast=True) + (0x3FF0000000000000 - 0x3FE6A09E00000000)
+        k = ((bits >> 52) - 1023).to(tl.int32).to(tl.float64)
+        bits = (bits & 0xFFFFFFFFFFFFF) + 0x3FE6A09E00000000
     else:
-        biased = (y.to(tl.int32, bitcast=True) + (0x3F800000 - 0x3F400000)) >> 23
-        k = (biased - 127).to(tl.float32)
-        scale = ((256 - biased) << 23).to(tl.float32, bitcast=True)
-        high: tl.constexpr = 6.9313812256e-01
-        low: tl.constexpr = 9.0580006145e-06
-    f = 0.25 * (x * scale) + (0.25 * scale - 1)
+        bits = y.to(tl.int32, bitcast=True) + (0x3F800000 - 0x3F3504F3)
+        k = ((bits >> 23) - 127).to(tl.float32)
+        bits = (bits & 0x7FFFFF) + 0x3F3504F3
+    f = bits.to(x.dtype, bitcast=True) - 1
+    lost = tl.where(x < 1, x - (y - 1), 1 - (y - x))
+    s = f / (2 + f)
+    z = s * s
+    v = z * z
     if x.dtype == tl.float64:
-        s = f / (2 + f)
-        z = s * s
-        v = z * z
         even = 2.857142874366239149e-01 + v * (
             1.818357216161805012e-01 + v * 1.479819860511658591e-01
         )
         odd = 2.222219843214978396e-01 + v * 1.531383769920937332e-01
         p = z * (6.666666666666735130e-01 + v * even) + v * (3.999999999940941908e-01 + v * odd)
-        half = 0.5 * f * f
-        log = (s * (half + p) + k * low - half) + f
+        high: tl.constexpr = 6.93147180369123816490e-01
+        low: tl.constexpr = 1.90821492927058770002e-10
     else:
-        z = f * f
-        even = (0.333334491 - 0.250000958 * f) + z * (0.199908613 - 0.166473123 * f)
-        odd = (0.144783947 - 0.131611922 * f) + z * (0.10463021 - 0.0450748031 * f)
-        log = (z * f * (even + z * z * odd) + k * low - 0.5 * z) + f
+        p = z * (0.66666662693 + v * 0.28498786688) + v * (0.40000972152 + v * 0.24279078841)
+        high: tl.constexpr = 6.9313812256e-01
+        low: tl.constexpr = 9.0580006145e-06
+    half = 0.5 * f * f
+    log = s * (half + p) + (k * low + lost / y) - half + f
     return tl.where(x < float("inf"), log + k * high, x)
 
 
