@@ -18,7 +18,7 @@ constexpr int kBlock = 128;
 #endif
 static_assert(kLanes % kBlock == 0);
 
-// widen, target and narrow for at most kLanes elements of any dtype in either compute type.
+// widen, target and narrow for at most kBlock elements of any dtype in either compute type.
 template <class C, class T>
 constexpr bool kOwn = std::is_same_v<C, typename Element<T>::Compute>;
 template <class C, class T>
@@ -26,7 +26,7 @@ PYREG_FN const C* widen_to(const T* x, int n, C* buffer) {
   if constexpr (kOwn<C, T>) {
     return widen(x, n, buffer);
   } else {
-    typename Element<T>::Compute own[kLanes];
+    typename Element<T>::Compute own[kBlock];
     const auto* from = widen(x, n, own);
 #pragma omp simd
     for (int j = 0; j < n; ++j) buffer[j] = static_cast<C>(from[j]);
@@ -46,6 +46,24 @@ PYREG_FN void narrow_from(const C* y, int n, T* x) {
 #pragma omp simd
     for (int j = 0; j < n; ++j) x[j] = static_cast<T>(y[j]);
   }
+}
+
+// The lanes of each sum, from that of a block's first element on.
+template <class C>
+using Lanes = C (*)[kLanes];
+
+// Those of a block that begins at the i-th element of a chunk.
+template <class C>
+PYREG_FN Lanes<C> lanes_from(C (&lanes)[kMaxSums][kLanes], int64_t i) {
+  return reinterpret_cast<Lanes<C>>(lanes[0] + i % kLanes);
+}
+
+// Adds a term to each. (A sum after the other: a loop over them inside the loop over elements does
+// not vectorize.)
+template <class P, class C>
+PYREG_FN void add_to(Lanes<C> lanes, int j, C x, const C* c) {
+  lanes[0][j] = P::template add<0>(lanes[0][j], x, c);
+  if constexpr (P::kSums > 1) lanes[1][j] = P::template add<1>(lanes[1][j], x, c);
 }
 
 // The first `used` lanes (a multiple of 16; the others are zero) in double: 16 strided sums, then

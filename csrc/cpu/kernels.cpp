@@ -25,10 +25,6 @@ namespace {
 constexpr int kDepth = kChunk / kLanes;
 static_assert(kDepth == 16, "the error bound above assumes it");
 
-// The lanes of each sum, from that of a block's first element on.
-template <class C>
-using Lanes = C (*)[kLanes];
-
 // (The maths copies them: what is behind a pointer might change with every element written.)
 template <class C>
 struct Strengths {
@@ -56,13 +52,6 @@ struct Maths {
   void (*weighted_grad)(const C* x, const C* weight, int n, const C* c, C scale, C* y);
   void (*stepwise_prox)(const C* x, const C* steps, int n, const C* c, C* y);
 };
-
-// (A sum after the other: a loop over them inside the loop over elements does not vectorize.)
-template <class P, class C>
-PYREG_FN void add_to(Lanes<C> lanes, int j, C x, const C* c) {
-  lanes[0][j] = P::template add<0>(lanes[0][j], x, c);
-  if constexpr (P::kSums > 1) lanes[1][j] = P::template add<1>(lanes[1][j], x, c);
-}
 
 template <class P, class C>
 void sums(const C* x, int n, const C* strengths, Lanes<C> lanes) {
@@ -179,8 +168,7 @@ PYREG_FN void for_each_block(int64_t n, int count, double* sums, const Body& bod
     for (int k = 0; k < count; ++k)
       for (int j = 0; j < used; ++j) lanes[k][j] = C(0);
     for (int64_t i = chunk; i < end; i += kBlock)
-      body(i, at_most(end - i, kBlock),
-           reinterpret_cast<Lanes<C>>(lanes[0] + (i - chunk) % kLanes));
+      body(i, at_most(end - i, kBlock), lanes_from(lanes, i - chunk));
     for (int k = 0; k < count; ++k) sums[k] += reduce(lanes[k], used);
   }
 }

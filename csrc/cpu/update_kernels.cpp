@@ -6,20 +6,17 @@
 namespace pyreg::cpu::PYREG_ISA {
 namespace {
 
-// Where the arithmetic is long, rows are asked for piece by piece as it goes on: a core has some 16
-// lines on their way at a time, and would wait for a whole row's before it begins to compute.
-constexpr int kPiece = 64;
+// Elements at a time, of up to five rows: see kBlock.
+constexpr int kStep = 64;
+static_assert(kBlock % kStep == 0);
 
-// At most kLanes elements and their states in the compute type: as they were, and where their new
+// At most kStep elements and their states in the compute type: as they were, and where their new
 // values go, which may be the same place.
 template <class C>
 struct Block {
   int n;
   const C *w, *g, *was[kMaxStates];
   C *to, *now[kMaxStates];
-  // Where they lie in memory, with the bytes of a piece: the block that comes next is near.
-  const char *at_w, *at_g, *at_state[kMaxStates];
-  int bytes, state_bytes;
 };
 
 // An update's numbers and the elastic net's strengths, in the compute type.
@@ -28,24 +25,13 @@ struct Constants {
   C numbers[kNumbers], strengths[2], by;
 };
 
-// The lanes of the elastic net's two sums.
-template <class C>
-using Lanes = C[2][kLanes];
-
-// The elastic net's sums at one weight.
-template <class C>
-PYREG_FN void add_to(Lanes<C>& lanes, int j, C w, const C* strengths) {
-  lanes[0][j] = ElasticNet::add<0>(lanes[0][j], w, strengths);
-  lanes[1][j] = ElasticNet::add<1>(lanes[1][j], w, strengths);
-}
-
 // Returns how many of the new weights are 0.
 //
 // A loop for the gradient, one for the states, one for the weight, one for the prox's sums: a core
 // renames some 160 registers, three iterations of the whole, which are too few to hide a root
 // and a division after each other. What lies between the loops stays in the first-level cache.
 template <class U, class C, With with>
-int32_t update(const Block<C>& block, const Constants<C>& given, Lanes<C>& lanes) {
+int32_t update(const Block<C>& block, const Constants<C>& given, Lanes<C> lanes) {
   const Constants<C> constants = given;  // what is behind a pointer might change with every element
   const C* const c = constants.numbers;
   const C* const strengths = constants.strengths;
@@ -53,50 +39,43 @@ int32_t update(const Block<C>& block, const Constants<C>& given, Lanes<C>& lanes
   C* z = block.to;
   const C *was0 = block.was[0], *was1 = block.was[1], *was2 = block.was[2];
   C *now0 = block.now[0], *now1 = block.now[1], *now2 = block.now[2];
-  C gradients[kPiece], moves[kPiece], metrics[kPiece];
+  C gradients[kStep], moves[kStep], metrics[kStep];
+  const int n = block.n;
   int32_t zero = 0;
-  for (int begin = 0, k = 0; begin < block.n; begin += kPiece, ++k) {
-    prefetch<1>(block.at_w + k * block.bytes, block.bytes);
-    prefetch<0>(block.at_g + k * block.bytes, block.bytes);
-    for (int s = 0; s < U::kStates; ++s)
-      prefetch<1>(block.at_state[s] + k * block.state_bytes, block.state_bytes);
-    const int end = at_most(block.n, begin + kPiece);
-    const C* gradient = y + begin;
-    if (with == With::kGradient) {
+  if (with == With::kGradient) {
 #pragma omp simd
-      for (int j = begin; j < end; ++j) {
-        add_to(lanes, j, x[j], strengths);
-        gradients[j - begin] = penalised(y[j], x[j], by, strengths);
-      }
-      gradient = gradients;
+    for (int j = 0; j < n; ++j) {
+      add_to<ElasticNet>(lanes, j, x[j], strengths);
+      gradients[j] = penalised(y[j], x[j], by, strengths);
     }
+    y = gradients;
+  }
 #pragma omp simd
-    for (int j = begin; j < end; ++j) {
-      C a = U::kStates > 0 ? was0[j] : C(0);
-      C b = U::kStates > 1 ? was1[j] : C(0);
-      C d = U::kStates > 2 ? was2[j] : C(0);
-      C q;
-      moves[j - begin] = U::move(x[j] * c[1], gradient[j - begin], a, b, d, q, c);
-      metrics[j - begin] = q;
-      if (U::kStates > 0) now0[j] = a;
-      if (U::kStates > 1) now1[j] = b;
-      if (U::kStates > 2) now2[j] = d;
-    }
+  for (int j = 0; j < n; ++j) {
+    C a = U::kStates > 0 ? was0[j] : C(0);
+    C b = U::kStates > 1 ? was1[j] : C(0);
+    C d = U::kStates > 2 ? was2[j] : C(0);
+    C q;
+    moves[j] = U::move(x[j] * c[1], y[j], a, b, d, q, c);
+    metrics[j] = q;
+    if (U::kStates > 0) now0[j] = a;
+    if (U::kStates > 1) now1[j] = b;
+    if (U::kStates > 2) now2[j] = d;
+  }
 #pragma omp simd reduction(+ : zero)
-    for (int j = begin; j < end; ++j) {
-      const C from = x[j] * c[1], move = moves[j - begin], q = metrics[j - begin];
-      const C to = with == With::kProx
-                       ? moved_and_shrunk<U>(from, move, at_least(q, kSmallest<C>), by, strengths)
-                       : moved<U>(from, move, q);
-      if (with == With::kGradient) zero += to == C(0);
-      z[j] = to;
-    }
-    if (with == With::kProx) {
+  for (int j = 0; j < n; ++j) {
+    const C from = x[j] * c[1], move = moves[j], q = metrics[j];
+    const C to = with == With::kProx
+                     ? moved_and_shrunk<U>(from, move, at_least(q, kSmallest<C>), by, strengths)
+                     : moved<U>(from, move, q);
+    if (with == With::kGradient) zero += to == C(0);
+    z[j] = to;
+  }
+  if (with == With::kProx) {
 #pragma omp simd reduction(+ : zero)
-      for (int j = begin; j < end; ++j) {
-        add_to(lanes, j, z[j], strengths);
-        zero += z[j] == C(0);
-      }
+    for (int j = 0; j < n; ++j) {
+      add_to<ElasticNet>(lanes, j, z[j], strengths);
+      zero += z[j] == C(0);
     }
   }
   return zero;
@@ -105,7 +84,7 @@ int32_t update(const Block<C>& block, const Constants<C>& given, Lanes<C>& lanes
 template <class C>
 struct Maths {
   int states;
-  int32_t (*update[3])(const Block<C>& block, const Constants<C>& constants, Lanes<C>& lanes);
+  int32_t (*update[3])(const Block<C>& block, const Constants<C>& constants, Lanes<C> lanes);
 };
 #define PYREG_MATHS(U) \
   {U::kStates,         \
@@ -128,27 +107,26 @@ void step(int update, void* w_, const void* g_, void* const* states, int64_t n,
   for (int k = 0; k < kNumbers; ++k) c.numbers[k] = static_cast<C>(numbers[k]);
   c.strengths[0] = static_cast<C>(joined.l1), c.strengths[1] = static_cast<C>(joined.l2);
   c.by = static_cast<C>(joined.by);
-  C w_buffer[kLanes], g_buffer[kLanes], result[kLanes];
-  C was[kMaxStates][kLanes], now[kMaxStates][kLanes];
-  Lanes<C> lanes = {}, unused;  // of the weights as they are stored
-  Lanes<C>& found = kExact || joined.with == With::kGradient ? lanes : unused;
+  C w_buffer[kStep], g_buffer[kStep], result[kStep];
+  C was[kMaxStates][kStep], now[kMaxStates][kStep];
+  C sums[kMaxSums][kLanes] = {}, unused[kMaxSums][kLanes];  // of the weights as they are stored
+  auto& found = kExact || joined.with == With::kGradient ? sums : unused;
   int64_t zeros = 0;
   Block<C> block;
-  block.bytes = kPiece * sizeof(T), block.state_bytes = kPiece * sizeof(S);
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const int m = block.n = at_most(n - i, kLanes);
+  for (int64_t i = 0; i < n; i += kStep) {
+    const int m = block.n = at_most(n - i, kStep);
+    prefetch<1>(w + i, kStep);
+    prefetch(g + i, kStep);
     block.w = widen(static_cast<const T*>(w + i), m, w_buffer);
     block.g = widen(g + i, m, g_buffer);
     block.to = target(w + i, result);
-    block.at_w = reinterpret_cast<const char*>(w + i);
-    block.at_g = reinterpret_cast<const char*>(g + i);
     for (int k = 0; k < of.states; ++k) {
       S* s = static_cast<S*>(states[k]) + i;
+      prefetch<1>(s, kStep);
       block.was[k] = widen_to(static_cast<const S*>(s), m, was[k]);
       block.now[k] = target_of(s, now[k]);
-      block.at_state[k] = reinterpret_cast<const char*>(s);
     }
-    const int32_t zero = maths_of_block(block, c, found);
+    const int32_t zero = maths_of_block(block, c, lanes_from(found, i));
     narrow(block.to, m, w + i);
     for (int k = 0; k < of.states; ++k)
       narrow_from(block.now[k], m, static_cast<S*>(states[k]) + i);
@@ -163,11 +141,12 @@ void step(int update, void* w_, const void* g_, void* const* states, int64_t n,
     for (int j = 0; j < m; ++j) zero_stored += stored[j] == C(0);
     zeros += zero_stored;
     if (joined.with == With::kGradient) continue;
+    const Lanes<C> lanes = lanes_from(sums, i);
 #pragma omp simd
-    for (int j = 0; j < m; ++j) add_to(lanes, j, stored[j], c.strengths);
+    for (int j = 0; j < m; ++j) add_to<ElasticNet>(lanes, j, stored[j], c.strengths);
   }
   if (joined.with == With::kNothing) return;
-  for (int k = 0; k < 2; ++k) joined.sums[k] += reduce(lanes[k], kLanes);
+  for (int k = 0; k < 2; ++k) joined.sums[k] += reduce(sums[k], kLanes);
   *joined.zeros += zeros;
 }
 
