@@ -12,10 +12,7 @@ import triton
 import triton.language as tl
 
 from .penalties import at_least, divide
-from .totals import (
-    _finish,
-    _place,
-)
+from .totals import finish, place_of
 from .walk import (
     CHUNK,
     FIRST,
@@ -26,12 +23,12 @@ from .walk import (
     TENSOR,
     THREADS,
     UNALIGNED_BLOCKS,
-    _at,
-    _by_lane,
-    _find_row,
-    _load,
-    _narrow,
-    _store,
+    by_lane,
+    find_row,
+    load,
+    narrow,
+    pointer_to,
+    store,
 )
 
 TOTALS = tl.constexpr(3)  # of a group: two sums, zeros
@@ -67,7 +64,7 @@ def _rounded(x, element, tile, key):
     seed = key ^ ((element >> 32).to(tl.uint32) * 0x9E3779B9) ^ element.to(tl.uint32)
     noise = _hash(tile.to(tl.uint32) ^ seed) & 0xFFFF
     bits = (x.to(tl.uint32, bitcast=True) + noise) & 0xFFFF0000
-    return _narrow(tl.where(x - x == 0, bits.to(tl.float32, bitcast=True), x), tl.bfloat16)
+    return narrow(tl.where(x - x == 0, bits.to(tl.float32, bitcast=True), x), tl.bfloat16)
 
 
 @triton.jit
@@ -160,29 +157,29 @@ def _visit(
     zeros = tl.zeros([THREADS], tl.int32)
     for block in range(begin, end):
         at = block * tl.full([], BLOCK, tl.int64)
-        w = _at(w_address, at, DTYPE, ALIGNED)
-        master = _at(master_address, at, OWN, ALIGNED)
+        w = pointer_to(w_address, at, DTYPE, ALIGNED)
+        master = pointer_to(master_address, at, OWN, ALIGNED)
         inside = tile < (n - at).to(tl.int32)
         # All here, so that all loads are in flight together.
-        own = _load(master if MASTER else w, tile, inside, ALIGNED, COMPUTE)
-        g = _load(_at(g_address, at, DTYPE, ALIGNED), tile, inside, ALIGNED, COMPUTE)
+        own = load(master if MASTER else w, tile, inside, ALIGNED, COMPUTE)
+        g = load(pointer_to(g_address, at, DTYPE, ALIGNED), tile, inside, ALIGNED, COMPUTE)
         a = g
         b = g
         c = g
         if KEPT > 0:
-            a_at = _at(a_address, at, STATE, ALIGNED)
-            a = _load(a_at, tile, inside, ALIGNED, COMPUTE)
+            a_at = pointer_to(a_address, at, STATE, ALIGNED)
+            a = load(a_at, tile, inside, ALIGNED, COMPUTE)
         if KEPT > 1:
-            b_at = _at(b_address, at, STATE, ALIGNED)
-            b = _load(b_at, tile, inside, ALIGNED, COMPUTE)
+            b_at = pointer_to(b_address, at, STATE, ALIGNED)
+            b = load(b_at, tile, inside, ALIGNED, COMPUTE)
         if KEPT > 2:
-            c_at = _at(c_address, at, STATE, ALIGNED)
-            c = _load(c_at, tile, inside, ALIGNED, COMPUTE)
+            c_at = pointer_to(c_address, at, STATE, ALIGNED)
+            c = load(c_at, tile, inside, ALIGNED, COMPUTE)
         g = unscaled * g
         if WITH == "grad":
-            sum0 += _by_lane(TERM(own, c0, c1, 0)).to(tl.float64)
+            sum0 += by_lane(TERM(own, c0, c1, 0)).to(tl.float64)
             if SUMS > 1:
-                sum1 += _by_lane(TERM(own, c0, c1, 1)).to(tl.float64)
+                sum1 += by_lane(TERM(own, c0, c1, 1)).to(tl.float64)
             g = g + by * GRAD(own, c0, c1)
         x = own * numbers[1]
         move, q, a, b, c = UPDATE(x, g, a, b, c, numbers, VARIANT, VARIANT_TOO)
@@ -199,26 +196,26 @@ def _visit(
         if STOCHASTIC:
             stored = _rounded(new, element + at, tile, key)
         else:
-            stored = _narrow(new, DTYPE)
-        _store(w, tile, stored, inside, keep, ALIGNED, MAYBE)
+            stored = narrow(new, DTYPE)
+        store(w, tile, stored, inside, keep, ALIGNED, MAYBE)
         if MASTER:
-            _store(master, tile, new, inside, keep, ALIGNED, MAYBE)
+            store(master, tile, new, inside, keep, ALIGNED, MAYBE)
         if KEPT > 0:
-            _store(a_at, tile, _narrow(a, STATE), inside, keep, ALIGNED, MAYBE)
+            store(a_at, tile, narrow(a, STATE), inside, keep, ALIGNED, MAYBE)
         if KEPT > 1:
-            _store(b_at, tile, _narrow(b, STATE), inside, keep, ALIGNED, MAYBE)
+            store(b_at, tile, narrow(b, STATE), inside, keep, ALIGNED, MAYBE)
         if KEPT > 2:
-            _store(c_at, tile, _narrow(c, STATE), inside, keep, ALIGNED, MAYBE)
+            store(c_at, tile, narrow(c, STATE), inside, keep, ALIGNED, MAYBE)
         if WITH is not None:
             counted = new if MASTER or STOCHASTIC else stored.to(COMPUTE)
             if not ALIGNED:
                 counted = tl.where(inside, counted, 0)
             zero = counted == 0 if ALIGNED else (counted == 0) & inside
-            zeros += _by_lane(zero.to(tl.int32))
+            zeros += by_lane(zero.to(tl.int32))
             if WITH == "prox":
-                sum0 += _by_lane(TERM(counted, c0, c1, 0)).to(tl.float64)
+                sum0 += by_lane(TERM(counted, c0, c1, 0)).to(tl.float64)
                 if SUMS > 1:
-                    sum1 += _by_lane(TERM(counted, c0, c1, 1)).to(tl.float64)
+                    sum1 += by_lane(TERM(counted, c0, c1, 1)).to(tl.float64)
     total0 = 0.0
     total1 = 0.0
     total2 = 0.0
@@ -433,7 +430,7 @@ def step(
     programs = tl.num_programs(0)
     begin = program * slots // programs
     end = (program + 1) * slots // programs
-    row = _find_row(rows, n_rows, begin * run)
+    row = find_row(rows, n_rows, begin * run)
     group = tl.load(rows + row * ROW + GROUP).to(tl.int32)
     for slot in range(begin, end):
         chunk = slot * run
@@ -442,7 +439,7 @@ def step(
         s1 = tl.full([], 0, tl.float64)
         s2 = tl.full([], 0, tl.float64)
         own_group = tl.load(rows + row * ROW + GROUP).to(tl.int32)
-        into = _place(out, partials, groups, own_group, slot, TOTALS)
+        into = place_of(out, partials, groups, own_group, slot, TOTALS)
         while chunk < stop:
             about = rows + row * ROW
             kind = tl.load(about + KIND).to(tl.int32)
@@ -486,7 +483,7 @@ def step(
         tl.store(into, s0)
         tl.store(into + 1, s1)
         tl.store(into + 2, s2)
-    _finish(
+    finish(
         out,
         value,
         zeros,

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .penalties import divide, square_root
-from .totals import _finish, _place
+from .totals import finish, place_of
 from .walk import (
     CHUNK,
     FIRST,
@@ -30,12 +30,12 @@ from .walk import (
     TENSOR,
     THREADS,
     UNALIGNED_BLOCKS,
-    _at,
-    _by_lane,
-    _find_row,
-    _load,
-    _narrow,
-    _store,
+    by_lane,
+    find_row,
+    load,
+    narrow,
+    pointer_to,
+    store,
 )
 
 ANCHORED_BYTES = tl.constexpr(32)  # of a thread in a block of anchored rows, in the compute dtype
@@ -111,38 +111,38 @@ def _visit(
     non_finite = tl.zeros([THREADS], tl.int32)
     for block in range(begin, end):
         at = block * tl.full([], BLOCK, tl.int64)
-        w = _at(w_address, at, DTYPE, ALIGNED)
-        g = _at(g_address, at, BESIDE, ALIGNED)
+        w = pointer_to(w_address, at, DTYPE, ALIGNED)
+        g = pointer_to(g_address, at, BESIDE, ALIGNED)
         inside = tile < (n - at).to(tl.int32)
-        own = _load(w, tile, inside, ALIGNED, COMPUTE)
+        own = load(w, tile, inside, ALIGNED, COMPUTE)
         x = own
         origin = own
         weight = own
         # All here, so that all loads are in flight together.
         if SWEEP == "accumulate" or SWEEP == "prox_in_metric":
-            old = _load(g, tile, inside, ALIGNED, COMPUTE)
+            old = load(g, tile, inside, ALIGNED, COMPUTE)
         if WEIGHT is not None:
-            place = _at(weight_address, at, WEIGHT, ALIGNED)
-            weight = _load(place, tile, inside, ALIGNED, COMPUTE)
+            place = pointer_to(weight_address, at, WEIGHT, ALIGNED)
+            weight = load(place, tile, inside, ALIGNED, COMPUTE)
         if ORIGIN is not None:
-            place = _at(origin_address, at, ORIGIN, ALIGNED)
-            origin = _load(place, tile, inside, ALIGNED, COMPUTE)
+            place = pointer_to(origin_address, at, ORIGIN, ALIGNED)
+            origin = load(place, tile, inside, ALIGNED, COMPUTE)
             x = own - origin
         if SWEEP == "stats":
             a = tl.abs(x)
-            sum0 += _by_lane(a).to(tl.float64)
-            sum1 += _by_lane(a * a).to(tl.float64)
+            sum0 += by_lane(a).to(tl.float64)
+            sum1 += by_lane(a * a).to(tl.float64)
             top = tl.maximum(top, tl.max(tl.max(a, axis=2), axis=0))
             zero = a == 0 if ALIGNED else (a == 0) & inside
-            zeros += _by_lane(zero.to(tl.int32))
-            non_finite += _by_lane((x - x != 0).to(tl.int32))
+            zeros += by_lane(zero.to(tl.int32))
+            non_finite += by_lane((x - x != 0).to(tl.int32))
         if SWEEP == "value" or SWEEP == "accumulate":
-            sum0 += _by_lane(_weighed(TERM(x, c0, c1, 0), weight, WEIGHT)).to(tl.float64)
+            sum0 += by_lane(_weighed(TERM(x, c0, c1, 0), weight, WEIGHT)).to(tl.float64)
             if SUMS > 1:
-                sum1 += _by_lane(_weighed(TERM(x, c0, c1, 1), weight, WEIGHT)).to(tl.float64)
+                sum1 += by_lane(_weighed(TERM(x, c0, c1, 1), weight, WEIGHT)).to(tl.float64)
         if SWEEP == "accumulate":
             new = old + scale * _weighed(GRAD(x, c0, c1), weight, WEIGHT)
-            _store(g, tile, _narrow(new, DTYPE), inside, has_g, ALIGNED, True)
+            store(g, tile, narrow(new, DTYPE), inside, has_g, ALIGNED, True)
         if SWEEP == "gradient" or SWEEP == "prox":
             if SWEEP == "gradient":
                 target = g
@@ -150,21 +150,21 @@ def _visit(
             else:
                 target = w
                 y = _prox(own, x, origin, weight, scale, c0, c1, PROX, ORIGIN, WEIGHT)
-            _store(target, tile, _narrow(y, DTYPE), inside, True, ALIGNED, False)
+            store(target, tile, narrow(y, DTYPE), inside, True, ALIGNED, False)
         if SWEEP == "prox_in_metric":
             d = tl.where(root, square_root(old), old)
             step = tl.where(has_g, divide(scale, factor * d + offset), scale)
             y = _prox(own, x, origin, weight, step, c0, c1, PROX, ORIGIN, WEIGHT)
-            y = _narrow(y, DTYPE)
+            y = narrow(y, DTYPE)
             new = y.to(COMPUTE)
-            _store(w, tile, y, inside, True, ALIGNED, False)
+            store(w, tile, y, inside, True, ALIGNED, False)
             if not ALIGNED:
                 new = tl.where(inside, new, 0)
             if ORIGIN is not None:
                 new -= origin
-            sum0 += _by_lane(_weighed(TERM(new, c0, c1, 0), weight, WEIGHT)).to(tl.float64)
+            sum0 += by_lane(_weighed(TERM(new, c0, c1, 0), weight, WEIGHT)).to(tl.float64)
             if SUMS > 1:
-                sum1 += _by_lane(_weighed(TERM(new, c0, c1, 1), weight, WEIGHT)).to(tl.float64)
+                sum1 += by_lane(_weighed(TERM(new, c0, c1, 1), weight, WEIGHT)).to(tl.float64)
     total0 = 0.0
     total1 = 0.0
     total2 = 0.0
@@ -373,7 +373,7 @@ def sweep(
     programs = tl.num_programs(0)
     begin = program * slots // programs
     end = (program + 1) * slots // programs
-    row = _find_row(rows, n_rows, begin * run)
+    row = find_row(rows, n_rows, begin * run)
     group = tl.load(rows + row * ROW + GROUP).to(tl.int32)
     for slot in range(begin, end):
         chunk = slot * run
@@ -385,7 +385,7 @@ def sweep(
         s4 = tl.full([], 0, tl.float64)
         into = out
         if TOTALS:
-            into = _place(
+            into = place_of(
                 out, partials, groups, tl.load(rows + row * ROW + GROUP).to(tl.int32), slot, COLUMNS
             )
         while chunk < stop:
@@ -430,7 +430,7 @@ def sweep(
             tl.store(into + 3, s3)
             tl.store(into + 4, s4)
     if TOTALS:
-        _finish(
+        finish(
             out,
             None if SWEEP == "stats" else value,
             None,

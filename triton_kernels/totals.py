@@ -88,7 +88,7 @@ def _finish_value(
 
 
 @triton.jit
-def _place(out, partials, groups, group, slot, COLUMNS: tl.constexpr):
+def place_of(out, partials, groups, group, slot, COLUMNS: tl.constexpr):
     """Where a slot's totals go: to its partial, or straight out when it is all of its group."""
     about = groups + group * GROUP_ROW
     first = tl.load(about + BEGIN)
@@ -110,7 +110,7 @@ def _count(counter, done, of):
 
 
 @triton.jit
-def _finish(
+def finish(
     out,
     value,
     zeros,

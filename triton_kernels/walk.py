@@ -23,7 +23,7 @@ ROW = tl.constexpr(5)
 
 
 @triton.jit
-def _find_row(rows, n_rows, chunk):
+def find_row(rows, n_rows, chunk):
     """The last row with FIRST <= chunk."""
     low = 0
     high = n_rows
@@ -37,13 +37,13 @@ def _find_row(rows, n_rows, chunk):
 
 
 @triton.jit
-def _by_lane(x):
+def by_lane(x):
     """[depth, lanes, width] -> [lanes], within a thread."""
     return tl.sum(tl.sum(x, axis=2), axis=0)
 
 
 @triton.jit
-def _narrow(x, DTYPE: tl.constexpr):
+def narrow(x, DTYPE: tl.constexpr):
     """x rounded to nearest even. The interpreter's own conversion to bfloat16 truncates."""
     if INTERPRETED and DTYPE == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
@@ -53,14 +53,14 @@ def _narrow(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _at(address, element, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+def pointer_to(address, element, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """A pointer to an element of the tensor at an address."""
     place = (address + element * (DTYPE.primitive_bitwidth // 8)).to(tl.pointer_type(DTYPE))
     return tl.multiple_of(place, 16) if ALIGNED else place
 
 
 @triton.jit
-def _load(place, tile, inside, ALIGNED: tl.constexpr, COMPUTE: tl.constexpr):
+def load(place, tile, inside, ALIGNED: tl.constexpr, COMPUTE: tl.constexpr):
     if ALIGNED:
         x = tl.load(place + tile)
     else:
@@ -69,7 +69,7 @@ def _load(place, tile, inside, ALIGNED: tl.constexpr, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def _store(place, tile, x, inside, keep, ALIGNED: tl.constexpr, MAYBE: tl.constexpr):
+def store(place, tile, x, inside, keep, ALIGNED: tl.constexpr, MAYBE: tl.constexpr):
     """Of what is inside; with MAYBE, only if `keep`.
 
     That is the same for every element of a whole chunk, so that its stores stay whole.
