@@ -1,14 +1,14 @@
-"""pyreg.profile: what it says, what it leaves alone, and what it refuses before anything runs."""
+"""pyreg.profile: what it measures and says."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import replace
 
 import pytest
 import torch
+from profiled import FEW, L1, WITHOUT_COMPILE, model, trained
 from torch import nn
 
 import pyreg
@@ -30,28 +30,6 @@ from pyreg.profiling.result import added_up
 from pyreg.profiling.timing import Timing
 from pyreg.profiling.unchanged import Kept
 from pyreg.profiling.workloads import Workload
-
-L1 = pyreg.L1(1e-3)
-WITHOUT_COMPILE = [w for w in WAYS if w not in LIMITS and not w.startswith("compile")]
-FEW = {"seconds": 0.0, "rounds": 1}
-
-
-def model() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(20, 30), nn.BatchNorm1d(30), nn.Dropout(), nn.Linear(30, 4))
-
-
-def trained(net: nn.Module):
-    """(a training step of it, its optimizer)"""
-    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
-    x, y = torch.randn(8, 20), torch.randint(0, 4, (8,))
-
-    def step() -> None:
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(net(x), y).backward()
-        optimizer.step()
-
-    return step, optimizer
 
 
 def test_every_way_is_measured_beside_the_step():
@@ -340,72 +318,6 @@ def test_weights_of_zeros():
     assert all(row.seconds is not None for row in result.rows)
 
 
-def test_json_and_trace(tmp_path):
-    trace = tmp_path / "trace.json"
-    result = pyreg.profile(model(), L1, ways=["loop", "pyreg prox_"], trace=trace, **FEW)
-    text = result.to_json(tmp_path / "profile.json")
-    read = json.loads((tmp_path / "profile.json").read_text())
-    assert read == json.loads(text)
-    assert read["advice"] == result.advice()
-    assert [row["way"] for row in read["rows"]] == [row.way for row in result.rows]
-    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
-    assert {"loop", "pyreg prox_"} <= names
-
-
-def test_the_plot_has_a_bar_for_each_way(tmp_path):
-    pytest.importorskip("matplotlib")
-    result = pyreg.profile(model(), L1, ways=["loop", "pyreg accumulate_"], **FEW)
-    figure = result.plot(tmp_path / "p.png")
-    times, memory = figure.axes
-    assert [label.get_text() for label in times.get_yticklabels()] == ["loop", "pyreg accumulate_"]
-    assert len(times.patches) == 2
-    assert len(memory.patches) == sum(
-        row.extra_bytes is not None for row in result.rows if row.job != "limit"
-    )
-    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_what_the_plot_shows():
-    """Medians and memory as long as they are, whiskers from 10 to 90 %, pyreg in its own colour."""
-    pytest.importorskip("matplotlib")
-    from matplotlib.colors import to_hex
-
-    from pyreg.profiling.plot import PEER, PYREG
-
-    result = pyreg.profile(model(), L1, ways=["loop", "pyreg accumulate_"], **FEW)
-    rows = tuple(
-        replace(row, seconds=2e-3, p10=1e-3, p90=5e-3, extra_bytes=3_000_000) for row in result.rows
-    )
-    times, memory = replace(result, rows=rows).plot().axes
-    assert [bar.get_x() + bar.get_width() for bar in times.patches] == pytest.approx([2.0, 2.0])
-    assert [list(line.get_xdata()) for line in times.lines] == [[1.0, 5.0]] * 2
-    assert [bar.get_width() for bar in memory.patches] == [3.0, 3.0]
-    for axes in (times, memory):
-        assert [to_hex(bar.get_facecolor()) for bar in axes.patches] == [PEER[0], PYREG[0]]
-
-
-def test_the_report_has_the_notes():
-    pytest.importorskip("matplotlib")
-    from pyreg.profiling.report import html
-
-    result = pyreg.profile(model(), pyreg.L0(1e-3), ways=["loop", "pyreg prox_"], **FEW)
-    assert "<li>loop: not timed: L0 has no gradient</li>" in html(result)
-
-
-def test_the_plot_has_room_for_what_was_not_measured():
-    """And next to no memory has no bar to speak of."""
-    pytest.importorskip("matplotlib")
-    ways = ["loop", "foreach", "pyreg accumulate_", "pyreg prox_"]
-    result = pyreg.profile(model(), pyreg.L0(1e-3), ways=ways, **FEW)
-    rows = [replace(row, extra_bytes=1) for row in result.rows]
-    times, memory = replace(result, rows=tuple(rows)).plot().axes
-    for axes in (times, memory):
-        assert axes.get_ylim() == (3.5, -0.5)
-    notes = [text for text in times.texts if "L0 has no gradient" in text.get_text()]
-    assert [text.get_position()[1] for text in notes] == [0, 1, 2]
-    assert memory.get_xlim()[1] > 1e-7 * result.parameter_bytes
-
-
 @pytest.mark.parametrize(
     "stop_at", ["checking pyreg value", "timing pyreg value", "memory of loop"]
 )
@@ -428,104 +340,6 @@ def test_ctrl_c_leaves_what_was_measured(stop_at):
         assert "stopped before all was measured" in found.advice()
     found.table()
     found.to_json()
-
-
-def nan() -> nn.Module:
-    net = model()
-    nn.init.constant_(net[3].bias, float("nan"))
-    return net
-
-
-REFUSED = {
-    "no model": (lambda: 3, {}, TypeError, "model: expected a module or .* got 3"),
-    "no parameters": (nn.ReLU, {}, ValueError, "model: it has no parameters"),
-    "all frozen": (
-        lambda: model().requires_grad_(False),
-        {},
-        ValueError,
-        "none of its 6 parameters requires a gradient",
-    ),
-    "no pair": (lambda: [torch.ones(2)], {}, TypeError, r"model: item 0: .* got Tensor"),
-    "no elements": (
-        lambda: {"w": nn.Parameter(torch.ones(0))},
-        {},
-        ValueError,
-        "its parameters have no elements",
-    ),
-    "meta": (
-        lambda: nn.Linear(2, 2, device="meta"),
-        {},
-        ValueError,
-        r"params\[0\] \('weight'\): is on meta and has no memory; make the model on cpu, or call",
-    ),
-    "complex": (
-        lambda: {"w": nn.Parameter(torch.ones(2, dtype=torch.complex64))},
-        {},
-        TypeError,
-        r"\('w'\): expected a floating tensor",
-    ),
-    "not finite": (nan, {}, ValueError, "model: '3.bias' has elements that are not finite"),
-    "a device": (model, {"device": "mps"}, ValueError, "device: expected cpu or cuda, got mps"),
-    "a way": (model, {"ways": ["lop"]}, ValueError, "ways: 'lop' is none of 'loop', "),
-    "a name of ways": (model, {"ways": "loop"}, ValueError, "ways: expected a list of names"),
-    "a limit": (model, {"ways": ["flat.sum()"]}, ValueError, r"'flat.sum\(\)' is none of"),
-    "no rounds": (model, {"rounds": 0}, ValueError, "rounds: expected 1 or more, got 0"),
-    "half a round": (model, {"rounds": 1.5}, TypeError, "rounds: expected a whole number, got 1.5"),
-    **{
-        f"{seconds} seconds": (
-            model,
-            {"seconds": seconds},
-            ValueError,
-            f"seconds: expected a finite number, 0 or above, got {seconds}",
-        )
-        for seconds in (float("inf"), float("nan"), -1.0)
-    },
-    "a trace": (model, {"trace": "nowhere/a"}, ValueError, "trace: there is no folder .*nowhere"),
-    "a step": (model, {"step": 3}, TypeError, "step: expected a callable .* got 3"),
-    "a step of shapes": (
-        lambda: WORKLOADS["tiny"],
-        {"step": lambda: None},
-        ValueError,
-        "step: a workload of shapes alone takes no training step",
-    ),
-    "a penalty": (model, {"penalty": 1e-5}, TypeError, "penalty: expected a pyreg penalty"),
-    "anchored": (
-        model,
-        {"penalty": pyreg.L2(1.0, anchor={"0.weight": torch.zeros(30, 20)})},
-        TypeError,
-        "has an anchor or weights",
-    ),
-    "a tensor's strength": (
-        model,
-        {"penalty": pyreg.L1(torch.tensor(1.0))},
-        TypeError,
-        "penalty: lam is to be a number here",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_bad_input_is_named_before_anything_runs(name, monkeypatch):
-    make, options, error, message = REFUSED[name]
-    ran = []
-    monkeypatch.setattr("pyreg.profiling.model.measure", lambda *a, **k: ran.append(1))
-    options = {"penalty": L1, **options}
-    with pytest.raises(error, match=message):
-        pyreg.profile(make(), options.pop("penalty"), **options)
-    assert not ran
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_no_gpu():
-    with pytest.raises(ValueError, match="device: no GPU here"):
-        pyreg.profile(model(), L1, device="cuda")
-
-
-def test_more_than_there_is():
-    """Said before a byte is allocated: 8e18 of them could not be."""
-    huge = Workload("huge", "huge", (("w", (10**9, 10**9)),))
-    with pytest.raises(MemoryError, match=r"huge: .* needs about .* GB on cpu, and .* GB are free"):
-        pyreg.profile(huge, L1)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="memory is not measured")
