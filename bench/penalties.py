@@ -120,9 +120,9 @@ def table(rows: list[Row]) -> str:
     return text.table(["penalty", "sweep", "ms", "/ limit", "target", ""], cells, right={2, 3, 4})
 
 
-def write(rows: list[Row], where: Environment) -> None:
+def write(rows: list[Row], where: Environment, path: Path) -> None:
     facts = asdict(where)
-    with RESULTS.open("w", newline="") as file:
+    with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*asdict(rows[0]), *facts])
         writer.writeheader()
         writer.writerows({**asdict(row), **facts} for row in rows)
@@ -132,11 +132,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.penalties", description=__doc__)
     parser.add_argument("--rounds", type=int, default=15, help="samples per sweep")
     parser.add_argument("--seconds", type=float, default=4.0, help="at most, per sweep")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the file to write")
     options = parser.parse_args()
     assert {penalty.name for penalty in EXAMPLES} == set(PENALTIES), "an example for each penalty"
     rows = measure(options.rounds, options.seconds)
-    write(rows, environment())
-    print(environment(), table(rows), f"written: {RESULTS}", sep="\n\n")
+    write(rows, environment(), options.out)
+    print(environment(), table(rows), f"written: {options.out}", sep="\n\n")
 
 
 if __name__ == "__main__":

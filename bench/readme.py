@@ -161,8 +161,8 @@ def csv_rows(name: str) -> list[Line]:
         return list(csv.DictReader(file))
 
 
-def _sweeps() -> list[Line]:
-    return [r for r in csv_rows("penalties") if r["sweep"] != "dst.add_(src)"]
+def _sweeps(name: str) -> list[Line]:
+    return [r for r in csv_rows(name) if r["sweep"] != "dst.add_(src)"]
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
@@ -171,7 +171,9 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "optimizers": lambda: optimizers(csv_rows("optim")),
     "targets": lambda: targets(json.loads((RESULTS / "cpu.json").read_text())),
     "steps": lambda: multiples(csv_rows("optim"), "way", "workload"),
-    "penalties": lambda: multiples(_sweeps(), "penalty", "sweep"),
+    "penalties": lambda: multiples(_sweeps("penalties"), "penalty", "sweep"),
+    "steps_zen3": lambda: multiples(csv_rows("optim-zen3"), "way", "workload"),
+    "penalties_zen3": lambda: multiples(_sweeps("penalties-zen3"), "penalty", "sweep"),
     "peers": lambda: peers(csv_rows("peers")),
     "overhead": lambda: overhead(csv_rows("overhead")),
 }
