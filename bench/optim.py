@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,12 +20,20 @@ import pyreg
 from pyreg import text
 from pyreg.profiling import WAYS, WORKLOADS, Environment, Parameters, allocate, environment
 from pyreg.profiling.timing import by_turns
+from pyreg.profiling.ways import run_on, serving
 
 RESULTS = Path(__file__).parent / "results" / "optim.csv"
 PENALTY = pyreg.ElasticNet(1e-5, 1e-4)
 LIMIT = "torch fused, no penalty"
 JUDGED = ("gpt2", "gpt2-bf16", "many")
 OPTIONS = {"lr": 1e-5, "weight_decay": 0.01}
+OWN = {"pyreg, no penalty": None, "pyreg, grad": "grad", "pyreg, prox": "prox"}
+SAME = {
+    LIMIT: "pyreg, no penalty",
+    "torch fused + loop": "pyreg, grad",
+    "torch fused + attach, grad": "pyreg, grad",
+    "torch fused + attach, prox": "pyreg, prox",
+}
 Step = Callable[[], object]
 
 
@@ -40,7 +48,7 @@ class Row:
 
 
 def ways(parameters: Parameters) -> dict[str, Step]:
-    """A step of each way, all on one set of states."""
+    """A step of each way, all on one set of states; pyreg's on each backend, if several serve."""
     named, first = parameters.named, torch.optim.AdamW(parameters.tensors, fused=True, **OPTIONS)
     first.step()
 
@@ -56,8 +64,8 @@ def ways(parameters: Parameters) -> dict[str, Step]:
         pyreg.Regularizer(named, PENALTY).attach(optimizer, mode)
         return optimizer.step
 
-    def inside(mode: str) -> Step:
-        of = {"regularizer": pyreg.Regularizer(named, PENALTY), "mode": mode}
+    def inside(mode: str | None) -> Step:
+        of = {"regularizer": pyreg.Regularizer(named, PENALTY), "mode": mode} if mode else {}
         return with_states(pyreg.optim.AdamW(named, **of, **OPTIONS)).step
 
     loop, last = WAYS["loop"].prepare(parameters, PENALTY), torchs()
@@ -66,11 +74,15 @@ def ways(parameters: Parameters) -> dict[str, Step]:
         loop()
         last.step()
 
+    backends = serving(parameters.device)
+    own = {
+        f"{name}, {b}" if len(backends) > 1 else name: run_on(b, lambda mode=mode: inside(mode))
+        for name, mode in OWN.items()
+        for b in backends
+    }
     return {
         LIMIT: first.step,
-        "pyreg, no penalty": with_states(pyreg.optim.AdamW(named, **OPTIONS)).step,
-        "pyreg, grad": inside("grad"),
-        "pyreg, prox": inside("prox"),
+        **own,
         "torch fused + loop": in_the_loss,
         "torch fused + attach, grad": attached("grad"),
         "torch fused + attach, prox": attached("prox"),
@@ -85,35 +97,35 @@ def check(parameters: Parameters, steps: dict[str, Step]) -> None:
     first = steps[LIMIT].__self__
     kept = [parameters.weights.clone(), parameters.gradients.clone()]
     states = {p: {k: s.clone() for k, s in state.items()} for p, state in first.state.items()}
-    largest, results = parameters.weights.abs().max().item(), {}
-    for name, step in steps.items():
-        step()
-        results[name] = parameters.weights.clone()
+    largest = parameters.weights.abs().max().item()
+
+    def result(way: str) -> torch.Tensor:
+        steps[way]()
+        weights = parameters.weights.clone()
         parameters.weights.copy_(kept[0])
         parameters.gradients.copy_(kept[1])
         for p, state in states.items():
             for k, s in state.items():
                 first.state[p][k].copy_(s)
-    for a, b in (
-        (LIMIT, "pyreg, no penalty"),
-        ("torch fused + loop", "pyreg, grad"),
-        ("torch fused + attach, grad", "pyreg, grad"),
-        ("torch fused + attach, prox", "pyreg, prox"),
-    ):
-        off = (results[a].float() - results[b].float()).abs().max().item()
-        if off > 4 * torch.finfo(results[a].dtype).eps * largest:
-            raise AssertionError(f"{b} and {a} differ by {off:.1e}")
+        return weights
+
+    for a, same in SAME.items():
+        expected = result(a)
+        for b in (way for way in steps if way.startswith(same)):
+            off = result(b).sub_(expected).abs_().max().item()
+            if off > 4 * torch.finfo(expected.dtype).eps * largest:
+                raise AssertionError(f"{b} and {a} differ by {off:.1e}")
 
 
-def measure(workloads: list[str], rounds: int, seconds: float) -> list[Row]:
+def measure(workloads: list[str], rounds: int, seconds: float, device: str) -> list[Row]:
     rows = []
     for workload in workloads:
-        parameters = allocate(WORKLOADS[workload])
-        generator = torch.Generator().manual_seed(1)
+        parameters = allocate(WORKLOADS[workload], device=device)
+        generator = torch.Generator(device).manual_seed(1)
         parameters.gradients.normal_(0.0, 1e-3, generator=generator)
         steps = ways(parameters)
         check(parameters, steps)
-        timings = by_turns(steps, rounds, seconds)
+        timings = by_turns(steps, rounds, seconds, device=device)
         limit = timings[LIMIT].median
         for way, t in timings.items():
             rows.append(Row(workload, way, t.median, t.p10, t.p90, t.median / limit))
@@ -138,13 +150,17 @@ def write(rows: list[Row], where: Environment, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.optim", description=__doc__)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(JUDGED))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--commit", default="", help="to record where the files are no checkout")
     parser.add_argument("--rounds", type=int, default=15, help="samples per way")
     parser.add_argument("--seconds", type=float, default=6.0, help="at most, per way")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the file to write")
     options = parser.parse_args()
-    rows = measure(options.workloads, options.rounds, options.seconds)
-    write(rows, environment(), options.out)
-    print(environment(), table(rows), f"written: {options.out}", sep="\n\n")
+    rows = measure(options.workloads, options.rounds, options.seconds, options.device)
+    where = environment()
+    where = replace(where, commit=options.commit or where.commit)
+    write(rows, where, options.out)
+    print(where, table(rows), f"written: {options.out}", sep="\n\n")
 
 
 if __name__ == "__main__":

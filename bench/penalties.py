@@ -1,4 +1,5 @@
-"""Every penalty against the machine's limit: `python -m bench.penalties`, on GPT-2 small, float32.
+"""Every penalty against the machine's limit: `python -m bench.penalties`, by default on GPT-2 small
+in float32 on the CPU.
 
 Per penalty `accumulate_`, and the prox in an optimizer's metric (reads w and a moment, writes w);
 both move 3 N, and so does `dst.add_(src)` on the same memory. One process, by turns, medians; each
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -86,16 +87,16 @@ def _check(found: Tensor, expected: Tensor, what: str) -> None:
         raise AssertionError(f"{what} is off in {off.sum()} of {len(off)} elements")
 
 
-def measure(rounds: int, seconds: float) -> list[Row]:
-    parameters = allocate(WORKLOADS["gpt2"])
+def measure(workload: str, rounds: int, seconds: float, device: str) -> list[Row]:
+    parameters = allocate(WORKLOADS[workload], device=device)
     w, g = parameters.weights, parameters.gradients
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(device).manual_seed(1)
     moments = torch.empty_like(w).uniform_(1e-6, 1e-4, generator=generator)
     rows = []
     for penalty in EXAMPLES:
         runs: dict[str, Callable[[], object]] = dict(sweeps_of(parameters, moments, penalty))
         runs[LIMIT] = lambda: g.add_(w)
-        timings = by_turns(runs, rounds, seconds)
+        timings = by_turns(runs, rounds, seconds, device=device)
         for name in runs:
             t = timings[name]
             target = None if penalty.name in TRANSCENDENTAL else TARGETS.get(name)
@@ -109,7 +110,7 @@ def table(rows: list[Row]) -> str:
         [
             row.penalty,
             row.sweep,
-            f"{1e3 * row.seconds:.1f}",
+            f"{1e3 * row.seconds:.2f}",
             f"{row.over_limit:.2f}",
             "-" if row.target is None else f"<= {row.target:.2f}",
             "" if row.target is None else "pass" if row.over_limit <= row.target else "FAIL",
@@ -130,14 +131,19 @@ def write(rows: list[Row], where: Environment, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.penalties", description=__doc__)
+    parser.add_argument("--workload", choices=WORKLOADS, default="gpt2")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--commit", default="", help="to record where the files are no checkout")
     parser.add_argument("--rounds", type=int, default=15, help="samples per sweep")
     parser.add_argument("--seconds", type=float, default=4.0, help="at most, per sweep")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the file to write")
     options = parser.parse_args()
     assert {penalty.name for penalty in EXAMPLES} == set(PENALTIES), "an example for each penalty"
-    rows = measure(options.rounds, options.seconds)
-    write(rows, environment(), options.out)
-    print(environment(), table(rows), f"written: {options.out}", sep="\n\n")
+    rows = measure(options.workload, options.rounds, options.seconds, options.device)
+    where = environment()
+    where = replace(where, commit=options.commit or where.commit)
+    write(rows, where, options.out)
+    print(where, table(rows), f"written: {options.out}", sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TOTAL = 470  # seconds for all steps
 GRACE = 10  # seconds for a step to end by itself, at its limit
 TOOLS = ("memcheck", "racecheck", "initcheck")
-CHOICES = ("kernels", "tests", "memory", "figures", "counters")  # the others make them ready
+# (The others make these ready.)
+CHOICES = ("kernels", "tests", "figures", "optim", "penalties", "memory", "counters")
 NEEDED = ("torch", "pytest", "hypothesis", "pybind11", "setuptools")
 VERSIONS = """
 import platform, torch
@@ -238,9 +239,17 @@ def steps(check: Check, wheels: Path | None, commit: str, work: Path) -> None:
     )
     check.run("kernels", 60, *shares)
     tests(check, python)
-    memory(check, python)
     figures = [*python, "-m", "bench.gpu.figures", "--out", str(check.out), "--seconds", "90"]
     check.run("figures", 110, [*figures, "--commit", commit, *dry])
+    device = ["--device", "cpu" if check.dry else "cuda", "--commit", commit]
+    for name, options in (
+        ("optim", ["--workloads", *(["tiny"] if check.dry else ["gpt2-xl", "gpt2-bf16", "many"])]),
+        ("penalties", ["--workload", "tiny" if check.dry else "gpt2-xl"]),
+    ):
+        brief = ["--rounds", "1", "--seconds", "0"] if check.dry else ["--seconds", "0.3"]
+        into = ["--out", str(check.out / f"{name}.csv")]
+        check.run(name, 50, [*python, "-m", f"bench.{name}", *options, *device, *brief, *into])
+    memory(check, python)
     counted = [*python, "-m", "pyreg", "profile", "tiny" if check.dry else "gpt2", "--counters"]
     ways = ["--ways", "loop", "foreach", "pyreg in the loss", "pyreg accumulate_", "pyreg prox_"]
     json_file = ["--json", str(check.out / "counters.json")]

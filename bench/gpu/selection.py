@@ -56,11 +56,12 @@ def sweep_in_metric(named: list[tuple[str, nn.Parameter]], rules: dict[str, Pena
     assert all(p.isfinite().all() for _, p in named)
 
 
-def step(named: list[tuple[str, nn.Parameter]], rules: dict[str, Penalty]) -> None:
-    """An optimizer's, with the penalty's gradient in it, and then its prox."""
-    for mode in ("grad", "prox"):
-        reg = pyreg.Regularizer(named, rules)
-        pyreg.optim.Adam(named, lr=1e-3, regularizer=reg, mode=mode).step()
+def step(named: list[tuple[str, nn.Parameter]], rules: dict[str, Penalty], mode: str) -> None:
+    """An optimizer's, with the penalty's gradient or prox in it, or without any."""
+    of = {} if mode == "none" else {"regularizer": pyreg.Regularizer(named, rules), "mode": mode}
+    for _, p in named:
+        p.grad = torch.ones_like(p)
+    pyreg.optim.AdamW(named, lr=1e-3, **of).step()
     assert all(p.isfinite().all() for _, p in named)
 
 
@@ -87,22 +88,39 @@ def main() -> None:
     parser.add_argument("--share", type=int, nargs=2, metavar=("PART", "OF"))
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = kinds(device)[-1:]
-    if options.share is not None:
-        part, parts = options.share
-        chosen = [*kinds(device, EXAMPLES)[:-1], *chosen][part::parts]
     for backend in serving(device):
         with pyreg.use_backend(backend):
-            for named, rules in chosen:
-                sweep(named, rules)
-                sweep_in_metric(named, rules)
-            if backend == "native" and options.share is None:
-                for penalties in (PENALTIES, DIFFERENTIABLE):  # (two families of kernels)
-                    named, rules = kinds(device, penalties)[-1]
-                    sweep(named, rules)
-                    sweep_in_metric(named, rules)
-                    step(named, rules)
-        print(f"{backend} on {device}: {len(chosen)} packs swept")
+            done = share(device, *options.share) if options.share else all_together(device, backend)
+        print(f"{backend} on {device}: {done} packs swept")
+
+
+def share(device: torch.device, part: int, parts: int) -> int:
+    """Part of all kinds; of steps, those that `bench.optim` takes."""
+    adamw = [
+        (named, rules, mode)
+        for (named, rules), mode in itertools.product(kinds(device)[:-1], ("none", "grad", "prox"))
+        if rules == {"*": PENALTIES[-1]} and named[0][1].dtype in (torch.float32, torch.bfloat16)
+    ]
+    chosen = [*kinds(device, EXAMPLES)[:-1], *kinds(device)[-1:], *adamw][part::parts]
+    for named, rules, *mode in chosen:
+        if mode:
+            step(named, rules, *mode)
+        else:
+            sweep(named, rules)
+            sweep_in_metric(named, rules)
+    return len(chosen)
+
+
+def all_together(device: torch.device, backend: str) -> int:
+    """Every dtype in one pack; natively in one for each family of kernels, which is stepped too."""
+    packs = (PENALTIES, DIFFERENTIABLE) if backend == "native" else (PENALTIES,)
+    for penalties in packs:
+        named, rules = kinds(device, penalties)[-1]
+        sweep(named, rules)
+        sweep_in_metric(named, rules)
+        for mode in ("grad", "prox") if backend == "native" else ():
+            step(named, rules, mode)
+    return len(packs)
 
 
 if __name__ == "__main__":

@@ -171,14 +171,19 @@ def serving(device: torch.device | str) -> list[str]:
     return [b.name for b in found if not b.missing() and not b.refuses(sample, by_name=True)]
 
 
+def run_on(backend: str, make: Callable[[], Run]) -> Run:
+    """What `make` returns, made and run on one of pyreg's backends, whichever else there are."""
+    context = copy_context()  # entering use_backend at each run would be timed
+    context.run(dispatch.requested_backend.set, backend)
+    run = context.run(make)
+    return lambda: context.run(run)
+
+
 def on_backend(way: Way, name: str) -> Way:
-    """The same way on one of pyreg's backends, whichever else there are."""
+    """The same way on that backend."""
 
     def prepare(parameters: Parameters, penalty: Penalty) -> Run:
-        context = copy_context()  # entering use_backend at each run would be timed
-        context.run(dispatch.requested_backend.set, name)
-        run = context.run(way.prepare, parameters, penalty)
-        return lambda: context.run(run)
+        return run_on(name, lambda: way.prepare(parameters, penalty))
 
     return replace(way, name=f"{way.name}, {name}", prepare=prepare)
 
