@@ -65,6 +65,7 @@ class Check:
     out: Path
     dry: bool
     only: list[str] = field(default_factory=list)  # of the CHOICES; none: all
+    seconds: float = TOTAL
     steps: list[Step] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
     began: float = field(default_factory=time.monotonic)
@@ -89,7 +90,7 @@ class Check:
         if self.dry:  # on two cores, or shared ones: the limits are a GPU machine's
             limit *= 4
         else:
-            limit = max(0.0, min(limit, TOTAL - (time.monotonic() - self.began)))
+            limit = max(0.0, min(limit, self.seconds - (time.monotonic() - self.began)))
         step = Step(name, limit)
         self.steps.append(step)
         print(f"{name} ...", flush=True)
@@ -261,13 +262,14 @@ def main() -> int:
     parser.add_argument("out", type=Path, help="folder for the results")
     parser.add_argument("--wheels", type=Path, help="folder of wheels to install first")
     parser.add_argument("--commit", default="", help="to record where the files are no checkout")
+    parser.add_argument("--seconds", type=float, default=TOTAL, help="for all steps")
     parser.add_argument("--dry-run", action="store_true", help="every step, on CPU tensors")
     parser.add_argument(
         "--only", nargs="*", choices=CHOICES, default=[], metavar="STEP", help=", ".join(CHOICES)
     )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    check = Check(options.out.resolve(), options.dry_run, options.only)
+    check = Check(options.out.resolve(), options.dry_run, options.only, options.seconds)
     (check.out / "gpu.log").write_text("")
     # Last on the path: where CUDA's tools are by default.
     check.environment["PATH"] += os.pathsep + "/usr/local/cuda/bin"
