@@ -11,14 +11,19 @@ NATIVE_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu'
 CXX_FOUND := $(shell command -v $${CXX:-c++} || command -v g++ || command -v clang++)
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: demo test ctest wheel-test lint format bench docs gpu-check gpu-wheels doctor clean
+.PHONY: demo test python-tests interpreter-tests ctest wheel-test lint format bench docs gpu-check gpu-wheels doctor clean
 
 demo: $(VENV)/built
 	$(PY) -P -m pyreg demo
 
 test: $(VENV)/built ctest
+	$(MAKE) --jobs=2 --output-sync=line python-tests interpreter-tests
+
+python-tests: $(VENV)/built
 	$(PY) -P -m pytest --import-mode=importlib -m "not wheel"
-	TRITON_INTERPRET=1 $(PY) -P -m pytest --import-mode=importlib \
+
+interpreter-tests: $(VENV)/built
+	TRITON_INTERPRET=1 $(PY) -P -m pytest --import-mode=importlib -p no:cacheprovider \
 		tests/test_sweeps.py tests/test_triton_kernels.py tests/test_triton_steps.py tests/test_triton_precision.py \
 		tests/test_triton_optim.py tests/test_triton_backend.py
 

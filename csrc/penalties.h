@@ -87,6 +87,18 @@ constexpr C kLargest = std::numeric_limits<C>::max() / 2;
 template <class C>
 constexpr C kSmallest = std::numeric_limits<C>::min();
 
+// x / y, y > 0, where x is 0 for many elements: a GPU divides 0 in a long way, which all threads of
+// a warp go with one. The bits are the division's.
+template <class C>
+PYREG_FN C quotient(C x, C y) {
+#if defined(__CUDA_ARCH__)
+  const C q = (x == C(0) ? C(1) : x) / y;
+  return x == C(0) ? at_most(q, kLargest<C>) * x : q;
+#else
+  return x / y;
+#endif
+}
+
 // What a metric divides by. Positive: a moment and an offset of 0 give the largest step. NaN stays.
 template <class C>
 PYREG_FN C denominator(C q) {
@@ -209,7 +221,7 @@ struct L2 {
   }
   template <class C>
   PYREG_FN static C prox(C w, C step, const C* c) {
-    return w / (C(1) + C(2) * step * c[0]);
+    return quotient(w, C(1) + C(2) * step * c[0]);
   }
   template <class C>
   PYREG_FN static C prox_ratio(C w, C p, C q, const C* c) {
@@ -237,7 +249,7 @@ struct ElasticNet {
   }
   template <class C>
   PYREG_FN static C prox(C w, C step, const C* c) {
-    return soft_threshold(w, step * c[0]) / (C(1) + C(2) * step * c[1]);
+    return quotient(soft_threshold(w, step * c[0]), C(1) + C(2) * step * c[1]);
   }
   // With k = 2 p l2 and t = p l1: |w| - (k |w| + t) / (q + k), which changes nothing by rounding,
   // or from k = q on, where that would cancel, (q |w| - t) / (q + k).
@@ -432,7 +444,7 @@ struct MCP {
     const C y = a * (C(1) / (c[0] * square_root(p * c[1])));
     const C hard = y * q * y > C(1) ? C(0) : static_cast<C>(INFINITY);
     const C top = rest > C(0) ? p * positive_part(left, c) : hard, bottom = rest > C(0) ? rest : q;
-    return soft_threshold(w, top / bottom);
+    return soft_threshold(w, quotient(top, bottom));
   }
   template <class C>
   PYREG_FN static bool is_short(C p, C q, const C* c) {
@@ -441,7 +453,7 @@ struct MCP {
   template <class C>
   PYREG_FN static C prox_if_short(C w, C p, C q, const C* c) {
     const C left = c[1] * c[0] - absolute(w), rest = c[1] * q - p;
-    return soft_threshold(w, p * positive_part(left, c) / rest);
+    return soft_threshold(w, quotient(p * positive_part(left, c), rest));
   }
 };
 
@@ -481,7 +493,7 @@ struct SCAD {
     const C times = rest > C(0) ? C(1) : C(2), from = rest > C(0) ? lam : lam * sum;
     const C over = p < sum * q ? (times * x - from) * q - t : y * q * y - C(1);
     const C top = rest > C(0) ? p * left : C(0), bottom = rest > C(0) ? rest : q;
-    return soft_threshold(w, (over > C(0) ? top : t) / (over > C(0) ? bottom : q));
+    return soft_threshold(w, quotient(over > C(0) ? top : t, over > C(0) ? bottom : q));
   }
   template <class C>
   PYREG_FN static bool is_short(C p, C q, const C* c) {
@@ -492,7 +504,7 @@ struct SCAD {
     const C lam = c[0], x = absolute(w), t = p * lam;
     const C rest = (c[1] - C(1)) * q - p, left = positive_part(c[1] * lam - x, c);
     const bool over = (x - lam) * q > t;
-    return soft_threshold(w, (over ? p * left : t) / (over ? rest : q));
+    return soft_threshold(w, quotient(over ? p * left : t, over ? rest : q));
   }
 };
 

@@ -3,7 +3,7 @@
 // A chunk has a fixed number of elements. A segment is a run of consecutive chunks of one row: the
 // unit that a worker takes and the unit that leaves one partial result. The cut depends on the
 // sizes alone, never on threads or grid, so partials combined in order give the same bits on every
-// run. Partials stay few however large the model: about kSegments plus one per row.
+// run. Partials stay few however large the model: at most kMostSegments plus one per row.
 #pragma once
 
 #include <algorithm>
@@ -21,8 +21,10 @@ constexpr int64_t item_size(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
-constexpr int64_t kChunk = 4096;     // elements
-constexpr int64_t kSegments = 4096;  // aimed at, for models of many chunks
+constexpr int64_t kChunk = 4096;  // elements
+// A segment is 16 chunks; fewer where there would not be 4,096 of them, for threads to share out;
+// more where there would be more than 16,384, whose partials somebody must add up.
+constexpr int64_t kSegmentChunks = 16, kSegments = 4096, kMostSegments = 4 * kSegments;
 
 struct Row {
   int64_t numel;
@@ -56,7 +58,8 @@ class Table {
       chunks += divide_up(r.numel, kChunk);
       numel_ += r.numel;
     }
-    run_ = kChunk * std::max<int64_t>(1, divide_up(chunks, kSegments));
+    run_ = kChunk * std::clamp(kSegmentChunks, divide_up(chunks, kMostSegments),
+                               std::max<int64_t>(1, divide_up(chunks, kSegments)));
     by_rule_.resize(rows_.size());
     for (size_t i = 0; i < rows_.size(); ++i) by_rule_[i] = static_cast<int32_t>(i);
     std::stable_sort(by_rule_.begin(), by_rule_.end(),

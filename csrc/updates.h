@@ -115,7 +115,7 @@ PYREG_FN C penalised(C g, C w, C by, const C* strengths) {
 // The new weight.
 template <class U, class C>
 PYREG_FN C moved(C w, C move, C q) {
-  return U::kRatio ? w - move / q : w - move;
+  return U::kRatio ? w - quotient(move, q) : w - move;
 }
 
 // The elastic net's prox of the new weight x, at step p / q. With k = 2 p l2 and t = p l1 it is 0

@@ -86,7 +86,7 @@ def check_strengths(rules: Sequence[Penalty]) -> None:
     """Raise if a strength is bad by now: a tensor may have changed since its penalty was made."""
     for rule in rules:
         for name, s in zip(rule.parameters, rule.strengths, strict=True):
-            if isinstance(s, Tensor):
+            if type(s) is not float and isinstance(s, Tensor):
                 rule._check(name, s)
 
 
@@ -117,6 +117,8 @@ def _no_gradient(penalty: Penalty) -> RuntimeError:
 
 def check_scale(scale: Strength) -> None:
     """Raise unless `scale` is a finite number, of any sign, or a 0-dim tensor."""
+    if type(scale) is float and math.isfinite(scale):
+        return
     if isinstance(scale, Tensor):
         if scale.ndim != 0 or not scale.is_floating_point():
             got = f"{str(scale.dtype).removeprefix('torch.')} {list(scale.shape)}"
@@ -188,9 +190,9 @@ class Penalty:
     @property
     def strengths(self) -> tuple[Strength, ...]:
         """The fields, in order. Raises TypeError if one is a schedule."""
-        fields = tuple(getattr(self, name) for name in self.parameters)
+        fields = tuple([getattr(self, name) for name in self.parameters])
         for name, s in zip(self.parameters, fields, strict=True):
-            if callable(s) and not isinstance(s, Tensor):
+            if type(s) is not float and callable(s) and not isinstance(s, Tensor):
                 raise TypeError(
                     f"{type(self).__name__}.{name} is a schedule: take the penalty at a step with "
                     ".at(step), or give it to a Regularizer, which counts steps"
@@ -206,7 +208,7 @@ class Penalty:
         numbers = {}
         for name in self.parameters:
             s = getattr(self, name)
-            if callable(s) and not isinstance(s, Tensor):
+            if type(s) is not float and callable(s) and not isinstance(s, Tensor):
                 where = f"{type(self).__name__}.{name}"
                 if not torch.compiler.is_compiling():  # to which a step may be a symbol
                     where += f" at step {step}"

@@ -29,7 +29,7 @@ def as_if_captured(run: Callable[[], object]) -> Callable[[], object]:
     from pyreg.triton_kernels import launch, layout
 
     def capturing(device: torch.device) -> launch.Queue:
-        return launch.Queue(None, True)
+        return launch.Queue(device, 0, True)
 
     def captured() -> None:
         before, layout.current = layout.current, capturing

@@ -22,6 +22,8 @@ from pyreg.backend.torch import apply_prox_in_metric
 from pyreg.metric import Metric
 from pyreg.pack import Packs, label
 
+CAPTURING = cuda._Queue(torch.device("cpu"), 0, True)
+
 
 def pack_of(tensors, rules, rule_of=None):
     names = tuple(rule.name for rule in rules)
@@ -281,17 +283,16 @@ def test_the_numbers_of_a_metric_may_be_tensors(kernels, on_host, monkeypatch):
 def test_a_capture_needs_a_warm_up(kernels, monkeypatch):
     tensors = [torch.ones(2) for _ in range(1500)]
     small = tensors[:3]
-    capturing = cuda._Queue(None, True)
     rules = [pyreg.L1(1.0)]
     pack, small_pack = pack_of(tensors, rules), pack_of(small, rules)
     with monkeypatch.context() as during:
-        during.setattr(cuda, "_current", lambda device: capturing)
+        during.setattr(cuda, "_current", lambda device: CAPTURING)
         with pytest.raises(RuntimeError, match="no scratch memory yet: run this sweep once"):
             kernels.value(small_pack, small, rules)
     kernels.value(small_pack, small, rules)
     kernels.value(pack, tensors, rules)
     with monkeypatch.context() as during:
-        during.setattr(cuda, "_current", lambda device: capturing)
+        during.setattr(cuda, "_current", lambda device: CAPTURING)
         assert kernels.value(small_pack, small, rules)[0] == 6
         assert kernels.value(pack, tensors, rules)[0] == 3000
         tensors[0] = torch.zeros(2)
@@ -314,7 +315,7 @@ def test_a_graph_outlives_its_pack(kernels, monkeypatch):
     monkeypatch.setattr(cuda, "_kept_for_graphs", {})
     state = pack.layouts["native"]
     with monkeypatch.context() as during:
-        during.setattr(cuda, "_current", lambda device: cuda._Queue(None, True))
+        during.setattr(cuda, "_current", lambda device: CAPTURING)
         sweep(pack)
     used = [state._scratch[-1, False], state._numbers]
     used += [state._tables[verb]._data for verb in ("value", "prox_in_metric")]
@@ -332,7 +333,7 @@ def test_what_stopped_the_kernels_once_is_asked_again(kernels, on_host, monkeypa
     answers = iter(["out of memory", "", "not asked again"])
     monkeypatch.setattr(on_host, "unserved", lambda index: next(answers))
     with monkeypatch.context() as during:
-        during.setattr(cuda, "_current", lambda device: cuda._Queue(None, True))
+        during.setattr(cuda, "_current", lambda device: CAPTURING)
         assert cuda.unserved(0) is None
     assert cuda.unserved(0) == "out of memory"
     assert cuda.unserved(0) is None
@@ -342,13 +343,8 @@ def test_what_stopped_the_kernels_once_is_asked_again(kernels, on_host, monkeypa
 def test_streams_have_scratch_of_their_own(kernels, monkeypatch):
     tensors, rules = [torch.ones(2)], [pyreg.L1(1.0)]
     pack = pack_of(tensors, rules)
-
-    class Stream:
-        def __init__(self, handle):
-            self.cuda_stream = handle
-
     for handle in (1, 2, 1):
-        queue = cuda._Queue(Stream(handle), False)
+        queue = cuda._Queue(torch.device("cpu"), handle, False)
         monkeypatch.setattr(cuda, "_current", lambda device, queue=queue: queue)
         assert kernels.value(pack, tensors, rules)[0] == 2
     assert {key for key, _ in pack.layouts["native"]._scratch} == {1, 2, -1}

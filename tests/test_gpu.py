@@ -200,7 +200,7 @@ def test_a_step_is_the_native_one(place, prox):
     value, of_rules, zeros = adam(place.sweeps(there, [BOTH]), beside, numbers, prox)
     expected = adam(native.sweeps(tensors, [BOTH]), states, numbers, prox)
     assert oracle.close(value.item(), expected[0].item(), 2**-18)
-    assert of_rules.tolist() == [value.item()]
+    assert of_rules.to(value.dtype).tolist() == [value.item()]  # (the value may be float32)
     assert abs(zeros.item() - expected[2].item()) <= 2
     assert expected[2] > 1000 or not prox
     for a, b in zip(
@@ -280,7 +280,7 @@ def test_the_same_bits_for_any_grid(place, monkeypatch):
 
     first = None
     for programs in size(place, (1, 7, 64, 1000), (1, 3)):
-        monkeypatch.setattr(launch, "programs", lambda device, sweep, n=programs: n)
+        monkeypatch.setattr(launch, "programs", lambda *of, n=programs: min(n, of[-1].slots))
         tensors, rules, rule_of = everything(place)
         tensors.append(fill((size(place, 3_000_000, 5000),), torch.float32, place.device, "grid"))
         results = place.sweeps(tensors, rules, [*rule_of, 0]).everything()

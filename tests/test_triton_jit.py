@@ -39,7 +39,9 @@ class Compiled:
 
 sweeps.sweep, steps.step = Compiled(sweeps.sweep), Compiled(steps.step)
 layout._check_usable = lambda device: None
-launch.options = lambda device, sweep: {"num_warps": 4, "maxnreg": launch.REGISTERS[sweep]}
+launch.options = lambda device, sweep, heavy: {
+    "num_warps": 4, "maxnreg": launch.REGISTERS[sweep][heavy]
+}
 strengths = torch.zeros(2, 2, dtype=torch.float64)
 
 def sweep_all(sizes, offset):

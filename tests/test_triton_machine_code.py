@@ -20,13 +20,13 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 DTYPES = ["float32", "bfloat16", "float16", "float64"]
-SWEEPS = {  # 16-byte loads and stores of a thread in one chunk of 8 KiB
-    "value": (4, 0),
-    "gradient": (4, 4),
-    "accumulate": (8, 4),
-    "prox": (4, 4),
-    "prox_in_metric": (8, 4),
-    "stats": (4, 0),
+SWEEPS = {  # 16-byte loads and stores of a thread in one chunk of 4 KiB
+    "value": (2, 0),
+    "gradient": (2, 2),
+    "accumulate": (4, 2),
+    "prox": (2, 2),
+    "prox_in_metric": (4, 2),
+    "stats": (2, 0),
 }
 
 ANCHORED = {  # the same in one block, of bfloat16 with float32 anchors and weights
@@ -67,14 +67,16 @@ def compile_all(target):
         own, beside = getattr(torch, dtype), anchors and getattr(torch, anchors)
         kind = launch.Kind(own, used, own, beside, beside)
         constants = launch.constants(5 if sweep == "stats" else 2, [kind], [used])
-        constants["SWEEP"] = sweep
+        heavy = used in launch.HEAVY
+        stages = launch.stages(sweep, heavy) if TARGETS[target][0] == "cuda" else 1
+        constants |= {"SWEEP": sweep, "STAGES": stages}
         if anchors is None:
             constants["anchors"] = None
         types = dict.fromkeys(("strengths", "scale"), "*fp64")
         if totals:
             types |= dict.fromkeys(("out", "value", "partials"), "*fp64") | {"counters": "*i32"}
         facts[f"{sweep} {dtype} {penalty} {anchors}"] = compile_one(
-            target, sweep, sweeps.sweep, types, constants
+            target, launch.REGISTERS[sweep][heavy], sweeps.sweep, types, constants
         )
     for name, (dtype, states, options, _) in STEPS.items():
         kind = launch.StepKind(
@@ -91,11 +93,13 @@ def compile_all(target):
             types = dict.fromkeys(steps.step.arg_names, "*fp64") | {"n_tensors": "i32"}
             types |= dict.fromkeys(("places", "keys", "rows", "groups", "zeros"), "*i64")
             types |= dict.fromkeys(("grad_scale", "found_inf"), "*fp32") | {"counters": "*i32"}
-            facts[f"step {name} {mode}"] = compile_one(target, "step", steps.step, types, constants)
+            facts[f"step {name} {mode}"] = compile_one(
+                target, launch.REGISTERS["step"][False], steps.step, types, constants
+            )
     return facts
 
 
-def compile_one(target, sweep, kernel, types, constants):
+def compile_one(target, registers, kernel, types, constants):
     """Facts of one kernel; operands of no given type are int64 tables."""
     import triton
     from pyreg.triton_kernels import launch
@@ -108,14 +112,14 @@ def compile_one(target, sweep, kernel, types, constants):
     types |= dict.fromkeys(constants, "constexpr")
     options = {"num_warps": launch.THREADS // warp}
     if backend == "cuda":
-        options["maxnreg"] = launch.REGISTERS[sweep]
+        options["maxnreg"] = registers
     compiled = triton.compile(
         ASTSource(kernel, types, constexprs=constants),
         target=GPUTarget(backend, architecture, warp),
         options=options,
     )
     read = cuda_facts if backend == "cuda" else hip_facts
-    return read(compiled.asm) | {"registers_given": launch.REGISTERS[sweep]}
+    return read(compiled.asm) | {"registers_given": registers}
 
 
 def cuda_facts(asm):
@@ -130,10 +134,13 @@ def cuda_facts(asm):
             for option in ("--dump-resource-usage", "-sass")
         )
     return {
-        # Of the tensors only: tables and partials are read with other instructions.
-        "loads": len(re.findall(r"ld\.global\.(?:v4\.b32|v2\.b64) ", asm["ptx"])),
+        # Of the tensors only: tables and partials are read with other instructions. What is loaded
+        # some blocks ahead goes to shared memory.
+        "loads": len(
+            re.findall(r"ld\.global\.(?:v4\.b32|v2\.b64) |cp\.async\..* 0x10", asm["ptx"])
+        ),
         "stores": len(re.findall(r"st\.global\.(?:v4\.b32|v2\.b64) ", asm["ptx"])),
-        "kept": len(re.findall(r"\bLDG\.E\.128\b", sass)),
+        "kept": len(re.findall(r"\b(?:LDG\.E|LDGSTS\.E\.BYPASS)\.128\b", sass)),
         "local": sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage))),
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),

@@ -29,19 +29,21 @@ DTYPES = {
 }
 ELEMENTARY = {"l1": 1, "l2": 2, "elastic_net": 3}  # those whose prox takes no division of its own
 PARTIALS = 16384  # numbers aimed at: 128 KiB; many groups take at most twice that
-# Registers of a thread on NVIDIA, at which no sweep spills but LogSum's, proxes of float64 with
-# anchors, and steps of float64 or, a few, with three states. They say how many programs a
-# multiprocessor (65,536 registers) runs at a time, which is the grid: a second wave would leave
-# most of the device idle at the end.
+SHARE = 64  # chunks of a program at least, in a model that keeps all multiprocessors busy
+# Registers of a thread on NVIDIA, for most penalties and for those of HEAVY, at which no sweep
+# spills but LogSum's of float64, anchored proxes of float64, and steps of float64 or, a few, with
+# three states. They say how many programs a multiprocessor (65,536 registers) runs at a time.
 REGISTERS = {
-    "value": 96,
-    "gradient": 96,
-    "prox": 96,
-    "accumulate": 128,
-    "prox_in_metric": 160,
-    "stats": 128,
-    "step": 128,
+    "value": (80, 96),
+    "gradient": (64, 64),
+    "prox": (80, 128),
+    "accumulate": (80, 128),
+    "prox_in_metric": (128, 160),
+    "stats": (80, 80),
+    "step": (128, 128),
 }
+HEAVY = {"l_half", "log_sum"}  # their maths takes registers
+STAGES = {"accumulate": 4, "prox": 4}  # blocks whose loads are under way at a time; else one
 PROGRAMS_ON_ROCM = 8
 
 
@@ -117,20 +119,28 @@ def cut(rows: Iterable[Row], penalties: list[int], columns: int) -> Cut:
 
 
 class Queue(NamedTuple):
-    """Where a launch goes: a CUDA stream, a stream that is captured into a graph, or the CPU."""
+    """Where a launch goes: a stream, one that is captured into a graph, or the CPU."""
 
-    stream: torch.cuda.Stream | None  # None on the CPU
+    device: torch.device
+    handle: int  # of the stream; 0 on the CPU
     capturing: bool
 
     @property
     def key(self) -> int:
-        return -1 if self.capturing else 0 if self.stream is None else self.stream.cuda_stream
+        return -1 if self.capturing else self.handle
+
+    @property
+    def stream(self) -> torch.cuda.Stream | None:
+        """The same as torch's object, which takes its time; None on the CPU."""
+        return None if self.device.type == "cpu" else torch.cuda.current_stream(self.device)
 
 
 def current(device: torch.device) -> Queue:
+    """(Where that is the current device.)"""
     if device.type == "cpu":
-        return Queue(None, False)
-    return Queue(torch.cuda.current_stream(device), torch.cuda.is_current_stream_capturing())
+        return Queue(device, 0, False)
+    handle = torch._C._cuda_getCurrentRawStream(device.index)
+    return Queue(device, handle, torch.cuda.is_current_stream_capturing())
 
 
 def _warm_up(what: str) -> RuntimeError:
@@ -156,18 +166,20 @@ class Table:
     """
 
     def __init__(self, numbers: Tensor, device: torch.device, queue: Queue) -> None:
-        host = numbers if queue.stream is None else numbers.pin_memory()
+        stream = queue.stream
+        host = numbers if stream is None else numbers.pin_memory()
         self._data = host.to(device, non_blocking=True)
-        if queue.stream is not None:
+        self._ordered = {queue.key}  # streams whose work comes after the copy
+        if stream is not None:
             self._copied = torch.cuda.Event()
-            self._copied.record(queue.stream)
-            self._ordered = {queue.key}  # streams whose work comes after the copy
+            self._copied.record(stream)
 
     def on(self, queue: Queue) -> Tensor:
         # A capture cannot wait for an event from outside; torch.cuda.graph synchronizes before it.
-        if queue.stream is not None and not queue.capturing and queue.key not in self._ordered:
-            queue.stream.wait_event(self._copied)
-            self._data.record_stream(queue.stream)
+        if not queue.capturing and queue.key not in self._ordered:
+            if (stream := queue.stream) is not None:
+                stream.wait_event(self._copied)
+                self._data.record_stream(stream)
             self._ordered.add(queue.key)
         if queue.capturing:
             keep_for_graphs(self._data)
@@ -197,14 +209,17 @@ class Latest:
 
 class Plan:
     """A cut, its tables and its scratch on one device. `constants` is what a kernel is compiled
-    for, and totals have `columns` columns."""
+    for, by penalties of these names, and totals have `columns` columns."""
 
-    def __init__(self, device: torch.device, cut: Cut, columns: int, constants: dict) -> None:
+    def __init__(
+        self, device: torch.device, cut: Cut, columns: int, names: list[str], constants: dict
+    ) -> None:
         self._device = device
         self._cut = cut
         self._columns = columns
         self._tables: tuple[Table, Table] | None = None
         self._scratch: dict[int, tuple[Tensor, Tensor]] = {}
+        self._heavy = not HEAVY.isdisjoint(names)
         self._constants = constants
 
     def launch(
@@ -227,10 +242,10 @@ class Plan:
             )
         rows, groups = (table.on(queue) for table in self._tables)
         partials, counters = (rows, rows) if out is None else self._scratch_of(queue)
-        kernel, which = sweeps.sweep, {"SWEEP": sweep}
+        kernel, which = sweeps.sweep, {"SWEEP": sweep, "STAGES": stages(sweep, self._heavy)}
         if sweep == "step":
             kernel, which = steps.step, {}
-        kernel[(min(cut.slots, programs(self._device, sweep)),)](
+        kernel[(programs(self._device, sweep, self._heavy, cut),)](
             **operands,
             rows=rows,
             groups=groups,
@@ -244,7 +259,7 @@ class Plan:
             n_groups=cut.n_groups,
             **which,
             **self._constants,
-            **options(self._device, sweep),
+            **options(self._device, sweep, self._heavy),
         )
 
     def _scratch_of(self, queue: Queue) -> tuple[Tensor, Tensor]:
@@ -252,7 +267,7 @@ class Plan:
         if queue.key not in self._scratch:
             if queue.capturing:
                 raise _warm_up("there is no scratch memory yet")
-            capture = Queue(queue.stream, True)
+            capture = queue._replace(capturing=True)
             for key in {queue.key, capture.key} - self._scratch.keys():
                 self._scratch[key] = (
                     torch.empty(
@@ -314,21 +329,36 @@ def _penalties(names: list[str]) -> dict:
 
 
 @cache
-def options(device: torch.device, sweep: str) -> dict[str, int]:
+def options(device: torch.device, sweep: str, heavy: bool) -> dict[str, int]:
     """Triton's compiler options."""
     if device.type == "cpu":
         return {}
     warps = THREADS // torch.cuda.get_device_properties(device).warp_size
-    registers = {} if torch.version.hip else {"maxnreg": REGISTERS[sweep]}
+    registers = {} if torch.version.hip else {"maxnreg": REGISTERS[sweep][heavy]}
     return {"num_warps": warps, **registers}
 
 
-@cache
-def programs(device: torch.device, sweep: str) -> int:
-    """The size of a persistent grid. Results do not depend on it."""
+def stages(sweep: str, heavy: bool) -> int:
+    """Blocks of a program whose loads are under way at a time, through shared memory if several."""
+    return 1 if heavy or torch.version.hip else STAGES.get(sweep, 1)
+
+
+def programs(device: torch.device, sweep: str, heavy: bool, cut: Cut) -> int:
+    """The size of the grid, on which results do not depend.
+
+    Programs begin in the order of memory. Their shares are short, so that what runs at a time lies
+    close together, which makes memory faster; and not so short that beginning is what they do.
+    """
     if device.type == "cpu":
-        return 4
-    fit = PROGRAMS_ON_ROCM if torch.version.hip else 65536 // (REGISTERS[sweep] * THREADS)
+        return min(cut.slots, 4)
+    each = min(max(1, SHARE // cut.run), -(-cut.slots // _at_a_time(device, sweep, heavy)))
+    return -(-cut.slots // each)
+
+
+@cache
+def _at_a_time(device: torch.device, sweep: str, heavy: bool) -> int:
+    """Programs that run at a time."""
+    fit = PROGRAMS_ON_ROCM if torch.version.hip else 65536 // (REGISTERS[sweep][heavy] * THREADS)
     return fit * torch.cuda.get_device_properties(device).multi_processor_count
 
 

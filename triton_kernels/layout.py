@@ -113,7 +113,7 @@ class Layout:
         ]
         by_row = cut(rows, [0] * len(rows), 5)
         kinds = [Kind(t, "l1", t) for t in known]
-        self._by_row = Plan(self.device, by_row, 5, constants(5, kinds, ["l1"]))
+        self._by_row = Plan(self.device, by_row, 5, ["l1"], constants(5, kinds, ["l1"]))
 
     def _plan_by_rule(self, beside: list[torch.dtype]) -> Plan:
         """With the dtype of what lies beside each tensor: its gradient or moment."""
@@ -121,7 +121,7 @@ class Layout:
         origins, weights = zip(*self._pairs, strict=True) if self._pairs else ((), ())
         kinds = list(map(Kind, self._dtypes, penalties, beside, origins, weights))
         by_rule, index, names = self._cut_by_rule(kinds)
-        return Plan(self.device, by_rule, 2, constants(2, index, names))
+        return Plan(self.device, by_rule, 2, names, constants(2, index, names))
 
     def _cut_by_rule(self, kinds: list) -> tuple[Cut, list, list[str]]:
         """Rows of these kinds cut into slots by rule; the kinds and the penalties that occur."""
@@ -344,7 +344,7 @@ class Layout:
             ]
             by_rule, index, names = self._cut_by_rule(kinds)
             made = step_constants(index, names, prox)
-            self._steps[key] = Plan(self.device, by_rule, STEP_TOTALS, made)
+            self._steps[key] = Plan(self.device, by_rule, STEP_TOTALS, names, made)
         return self._steps[key]
 
     def _totals(self) -> tuple[Tensor, Tensor]:
@@ -403,7 +403,9 @@ class Layout:
             plan.launch(queue, sweep, operands, out, value)
 
     def _on_device(self) -> AbstractContextManager:
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        if self.device.type == "cpu" or torch.cuda.current_device() == self.device.index:
+            return nullcontext()
+        return torch.cuda.device(self.device)
 
     def _given(
         self,

@@ -426,10 +426,10 @@ def step(
 
     Each program takes a contiguous share of the slots: one binary search, then increments.
     """
-    program = tl.program_id(0)
+    program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0)
-    begin = program * slots // programs
-    end = (program + 1) * slots // programs
+    begin = (program * slots // programs).to(tl.int32)
+    end = ((program + 1) * slots // programs).to(tl.int32)
     row = find_row(rows, n_rows, begin * run)
     group = tl.load(rows + row * ROW + GROUP).to(tl.int32)
     for slot in range(begin, end):

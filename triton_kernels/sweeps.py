@@ -75,6 +75,7 @@ def _visit(
     offset,
     root,
     SWEEP: tl.constexpr,
+    STAGES: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -94,7 +95,7 @@ def _visit(
 
     ALIGNED blocks are of whole chunks at 16-byte boundaries and move without a mask, 16 bytes at a
     time. A mask needs a register for each element, anchors and weights some more: so a BLOCK is
-    fewer elements there.
+    fewer elements there. Loads of STAGES blocks are under way at a time.
     """
     BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
     WIDTH: tl.constexpr = 16 // BYTES if ALIGNED else 1
@@ -109,7 +110,7 @@ def _visit(
     top = tl.zeros([THREADS], COMPUTE)
     zeros = tl.zeros([THREADS], tl.int32)
     non_finite = tl.zeros([THREADS], tl.int32)
-    for block in range(begin, end):
+    for block in tl.range(begin, end, num_stages=STAGES):
         at = block * tl.full([], BLOCK, tl.int64)
         w = pointer_to(w_address, at, DTYPE, ALIGNED)
         g = pointer_to(g_address, at, BESIDE, ALIGNED)
@@ -192,6 +193,7 @@ def _row_part(
     strengths,
     scale,
     SWEEP: tl.constexpr,
+    STAGES: tl.constexpr,
     DTYPE: tl.constexpr,
     BESIDE: tl.constexpr,
     ORIGIN: tl.constexpr,
@@ -270,6 +272,7 @@ def _row_part(
         offset,
         root,
         SWEEP,
+        STAGES,
         True,
         BLOCK,
         DTYPE,
@@ -300,6 +303,7 @@ def _row_part(
         offset,
         root,
         SWEEP,
+        1,
         False,
         PART,
         DTYPE,
@@ -349,6 +353,7 @@ def sweep(
     n_rows,
     n_groups,
     SWEEP: tl.constexpr,
+    STAGES: tl.constexpr,  # blocks whose loads are under way at a time
     COLUMNS: tl.constexpr,
     DTYPES: tl.constexpr,  # of each kind of row
     BESIDE: tl.constexpr,  # of each kind of row, the dtype of its gradient or moment
@@ -369,10 +374,10 @@ def sweep(
     Each program takes a contiguous share of the slots: one binary search, then increments.
     """
     TOTALS: tl.constexpr = SWEEP != "gradient" and SWEEP != "prox"
-    program = tl.program_id(0)
+    program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0)
-    begin = program * slots // programs
-    end = (program + 1) * slots // programs
+    begin = (program * slots // programs).to(tl.int32)
+    end = ((program + 1) * slots // programs).to(tl.int32)
     row = find_row(rows, n_rows, begin * run)
     group = tl.load(rows + row * ROW + GROUP).to(tl.int32)
     for slot in range(begin, end):
@@ -404,6 +409,7 @@ def sweep(
                         strengths,
                         scale,
                         SWEEP,
+                        STAGES,
                         DTYPES[k],
                         BESIDE[k],
                         ORIGINS[k],

@@ -8,7 +8,7 @@ import triton.language as tl
 from .penalties import sign
 
 INTERPRETED = tl.constexpr(not isinstance(sign, triton.JITFunction))
-CHUNK = tl.constexpr(8192)  # bytes
+CHUNK = tl.constexpr(4096)  # bytes
 THREADS = tl.constexpr(128)  # of a program
 UNALIGNED_BLOCKS = tl.constexpr(2)  # that a chunk is visited in when it is not whole and aligned
 

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -171,12 +172,16 @@ def install(check: Check, wheels: Path | None, work: Path, architecture: str) ->
     packages, site = work / "packages", work / "site"
     pip = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--quiet"]
     check.environment["PYTHONPATH"] = os.pathsep.join(map(str, (site, packages, ROOT)))
+    built = [*wheels.glob("pyreg-*.whl")] if wheels is not None else []
     if wheels is not None:
         files = sorted(map(str, wheels.glob("*.whl")))
         check.run("wheels", 60, [*pip, "--target", str(packages), *files])
     else:
         missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
         check.skip("wheels", f"none given; missing: {', '.join(missing) or 'nothing'}")
+    if built:
+        check.skip("build", f"{built[0].name} is among the wheels")
+        return
     # Not auto: it is to fail here. And for this device alone, which takes seconds.
     nvcc = shutil.which("nvcc", path=check.environment["PATH"])
     check.environment.setdefault("PYREG_BUILD", "cuda" if nvcc else "cpu")
@@ -199,7 +204,7 @@ def memory(check: Check, python: list[str]) -> None:
         sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
         commands = [[*sanitizer, tool, *selection] for tool in TOOLS]
     # Each tensor an allocation of its own, so that the byte behind it belongs to nobody.
-    check.run("memory", 80, *commands, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    check.run("memory", 140, *commands, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 
 def tests(check: Check, python: list[str]) -> None:
@@ -207,11 +212,15 @@ def tests(check: Check, python: list[str]) -> None:
     pytest = [*python, "-m", "pytest", "--import-mode=importlib", "-p", "no:cacheprovider", "-rs"]
     commands = [[*pytest, f"--junitxml={check.out}/tests.xml", "tests/test_gpu.py"]]
     if not check.dry:  # in the dry run `make test` has run the others
-        several = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+        several = (
+            ["-n", str(max(2, (os.cpu_count() or 4) - 4))]
+            if importlib.util.find_spec("xdist")
+            else []
+        )
         sweeps = ["tests/test_sweeps.py", "-m", "gpu", *several]
         commands.append([*pytest, f"--junitxml={check.out}/sweeps.xml", *sweeps])
     summaries = check.run("tests", 140, *commands)
-    step = check.steps[-1]
+    step = next(step for step in check.steps if step.name == "tests")
     if step.result == "passed":  # as it is for pytest when all were skipped
         ran = all("passed" in summary for summary in summaries)
         step.result, step.reason = ("passed" if ran else "failed"), "; ".join(summaries)
@@ -239,9 +248,10 @@ def steps(check: Check, wheels: Path | None, commit: str, work: Path) -> None:
         [[*share, "0", "37"]] if check.dry else [[*share, str(i), str(parts)] for i in range(parts)]
     )
     check.run("kernels", 60, *shares)
-    tests(check, python)
-    figures = [*python, "-m", "bench.gpu.figures", "--out", str(check.out), "--seconds", "90"]
-    check.run("figures", 110, [*figures, "--commit", commit, *dry])
+    with ThreadPoolExecutor() as pool:  # at once, as both take one core for most of their time
+        list(pool.map(lambda job: job(check, python), (tests, memory)))
+    figures = [*python, "-m", "bench.gpu.figures", "--out", str(check.out), "--seconds", "70"]
+    check.run("figures", 100, [*figures, "--commit", commit, *dry])
     device = ["--device", "cpu" if check.dry else "cuda", "--commit", commit]
     for name, options in (
         ("optim", ["--workloads", *(["tiny"] if check.dry else ["gpt2-xl", "gpt2-bf16", "many"])]),
@@ -250,7 +260,6 @@ def steps(check: Check, wheels: Path | None, commit: str, work: Path) -> None:
         brief = ["--rounds", "1", "--seconds", "0"] if check.dry else ["--seconds", "0.3"]
         into = ["--out", str(check.out / f"{name}.csv")]
         check.run(name, 50, [*python, "-m", f"bench.{name}", *options, *device, *brief, *into])
-    memory(check, python)
     counted = [*python, "-m", "pyreg", "profile", "tiny" if check.dry else "gpt2", "--counters"]
     ways = ["--ways", "loop", "foreach", "pyreg in the loss", "pyreg accumulate_", "pyreg prox_"]
     json_file = ["--json", str(check.out / "counters.json")]

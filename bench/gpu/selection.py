@@ -37,8 +37,10 @@ def odd(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
 def sweep(named: list[tuple[str, nn.Parameter]], rules: dict[str, Penalty]) -> None:
     """All sweeps but the prox in a metric."""
     reg = pyreg.Regularizer(named, rules)
-    values = [reg(), reg.stats().l1.sum()]
-    if all(FORMULAS[rule.name].grad is not None for rule in rules.values()):
+    differentiable = all(FORMULAS[rule.name].grad is not None for rule in rules.values())
+    with torch.set_grad_enabled(differentiable):
+        values = [reg(), reg.stats().l1.sum()]
+    if differentiable:
         values[0].backward()
         values.append(reg.accumulate_(0.5))
     reg.prox_(0.1)

@@ -228,8 +228,9 @@ class Layout {
     if (!plan.by_value()) table = table_of(plan, tables_[static_cast<int>(sweep)], target);
     static thread_local Parameter parameter;
     const int most = blocks_at_a_time(sweep, plan.family(), device_);
+    const bool totals = sweep != Sweep::kGradient && sweep != Sweep::kProx;
     const uint32_t blocks =
-        plan.fill(parameter, table, number(scale, reader), static_cast<uint32_t>(most));
+        plan.fill(parameter, table, number(scale, reader), static_cast<uint32_t>(most), totals);
     parameter.out = reinterpret_cast<double*>(target.out);
     parameter.done = reinterpret_cast<uint32_t*>(target.scratch);
     parameter.partials = reinterpret_cast<double*>(target.scratch + kCounterBytes);

@@ -22,6 +22,9 @@ struct Number {
   }
 };
 
+// Chunks that a block takes, where that leaves none of those idle that run at a time.
+constexpr int64_t kShare = 16;
+
 class Plan {
  public:
   // Rows in the order of their rules, so that a rule's segments follow each other; or as they come,
@@ -110,9 +113,11 @@ class Plan {
   }
   void write_table(char* to) const { write_behind(copy(rules_, copy(entries_, to))); }
 
-  // All of a parameter but its results and scratch, for at most so many blocks. `table` is the
-  // table's place in device memory; null puts all into the parameter. Returns the grid's size.
-  uint32_t fill(Parameter& p, const char* table, Number scale, uint32_t blocks) const {
+  // All of a parameter but its results and scratch, for a device that runs so many blocks at a
+  // time. `table` is the table's place in device memory; null puts all into the parameter. Without
+  // totals, shares need not be whole segments. Returns the grid's size.
+  uint32_t fill(Parameter& p, const char* table, Number scale, uint32_t blocks,
+                bool totals = true) const {
     p.table = reinterpret_cast<const Entry*>(table);
     p.rule_table = nullptr;
     if (table != nullptr) {
@@ -128,11 +133,12 @@ class Plan {
     p.rows = rows();
     p.rules = rules();
     p.chunks = chunks_;
-    p.run = static_cast<uint32_t>(run_);
+    p.run = static_cast<uint32_t>(totals ? run_ : std::min(run_, kShare));
     // Equal shares: as few blocks as take no more segments each than the fullest one would.
-    const int64_t segments = std::max<int64_t>(1, (chunks_ + run_ - 1) / run_);
-    const int64_t each = (segments + blocks - 1) / blocks;
-    p.share = static_cast<uint32_t>(each * run_);
+    const int64_t segments = std::max<int64_t>(1, (chunks_ + p.run - 1) / p.run);
+    const int64_t each =
+        std::min(std::max<int64_t>(1, kShare / p.run), (segments + blocks - 1) / blocks);
+    p.share = static_cast<uint32_t>(each * p.run);
     return static_cast<uint32_t>((segments + each - 1) / each);
   }
 

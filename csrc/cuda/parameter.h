@@ -13,8 +13,10 @@
 
 #if defined(__CUDACC__)
 #define PYREG_DEVICE __device__ __forceinline__
+#define PYREG_DEVICE_CALL __device__ __noinline__  // with registers of its own
 #else
 #define PYREG_DEVICE inline
+#define PYREG_DEVICE_CALL inline
 #endif
 
 namespace pyreg::cuda {
@@ -142,7 +144,7 @@ static_assert(sizeof(StepFacts) == 32);
 
 // The same in 24 bytes, where the numbers are small enough.
 struct PackedEntry {
-  static constexpr int kChunkBits = 27, kSegmentBits = 13, kRuleBits = 10, kLastBits = 12;
+  static constexpr int kChunkBits = 27, kSegmentBits = 15, kRuleBits = 8, kLastBits = 12;
   static_assert(kChunkBits + kSegmentBits + kRuleBits + kLastBits + 2 == 64);
   static_assert((1 << kLastBits) >= kChunk && kDTypes <= 4);
 

@@ -178,9 +178,62 @@ PYREG_DEVICE void add_partials(Executor& run, const double* partials, uint32_t n
   });
 }
 
+constexpr uint32_t kMany = 4 * kStripes;  // partials that all warps add up together
+
+// The same by all threads of the block, in the same order; more of a thread's loads are under way.
+template <Sweep S, class Executor>
+PYREG_DEVICE void add_many_partials(Executor& run, const double* partials, uint32_t n,
+                                    double* stripes, double* totals) {
+  constexpr int kColumn = kColumns<S>, kEach = kStripes / kThreads;
+  constexpr int kAhead = kColumn > 2 ? 1 : 4;  // rounds whose loads are under way
+  static_assert(kEach == 2);
+  run.each_thread([&](int thread) {
+    double sums[kColumn][kEach] = {};
+#pragma unroll 1
+    for (uint32_t begin = 0; begin < n; begin += kAhead * kStripes) {
+      double own[kAhead][kEach][kColumn];
+#pragma unroll
+      for (int r = 0; r < kAhead; ++r)
+#pragma unroll
+        for (int m = 0; m < kEach; ++m) {
+          const uint32_t i = begin + r * kStripes + m * kThreads + thread;
+#pragma unroll
+          for (int k = 0; k < kColumn; ++k)
+            own[r][m][k] =
+                i < n ? read_partial(partials + static_cast<int64_t>(i) * kColumn + k) : 0;
+        }
+#pragma unroll
+      for (int r = 0; r < kAhead; ++r)
+#pragma unroll
+        for (int m = 0; m < kEach; ++m)
+#pragma unroll
+          for (int k = 0; k < kColumn; ++k)
+            if (begin + r * kStripes + m * kThreads + thread < n)
+              sums[k][m] = join<S>(k, sums[k][m], own[r][m][k]);
+    }
+#pragma unroll
+    for (int k = 0; k < kColumn; ++k)
+      stripes[k * kThreads + thread] = join<S>(k, sums[k][0], sums[k][1]);
+  });
+#pragma unroll 1
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    run.sync();
+    run.each_thread([&](int thread) {
+      for (int k = 0; k < kColumn && thread < half; ++k) {
+        double* own = stripes + k * kThreads + thread;
+        *own = join<S>(k, own[0], own[half]);
+      }
+    });
+  }
+  run.sync();
+  run.each_thread([&](int thread) {
+    if (thread < kColumn) totals[thread] = stripes[thread * kThreads];
+  });
+}
+
 // The last block's: from partials to results.
 template <Sweep S, Family F, class Executor>
-PYREG_DEVICE void finish(Executor& run, const Parameter& p, Shared<S>& shared) {
+PYREG_DEVICE_CALL void finish(Executor& run, const Parameter& p, Shared<S>& shared) {
   const uint32_t units = S == Sweep::kStats ? p.rows : p.rules;
   double* totals = S == Sweep::kStats ? p.out : p.out + 1;
   // Many rows of `stats` are one segment: threads do those, and find the others for the warps.
@@ -201,12 +254,19 @@ PYREG_DEVICE void finish(Executor& run, const Parameter& p, Shared<S>& shared) {
     run.sync();
     run.each_warp([&](int warp) {
       for (int i = warp; i < kThreads; i += kWarps)
-        if (shared.count[i] > 1)
+        if (shared.count[i] > 1 && shared.count[i] <= kMany)
           add_partials<S>(run, p.partials + static_cast<int64_t>(shared.begin[i]) * kColumns<S>,
                           shared.count[i], shared.warps[warp].lanes[0],
                           totals + static_cast<int64_t>(base + i) * kColumns<S>);
     });
     run.sync();
+    for (uint32_t i = 0; i < kThreads && base + i < units; ++i) {
+      if (shared.count[i] <= kMany) continue;
+      add_many_partials<S>(run, p.partials + static_cast<int64_t>(shared.begin[i]) * kColumns<S>,
+                           shared.count[i], &shared.sums[0][0][0],
+                           totals + static_cast<int64_t>(base + i) * kColumns<S>);
+      run.sync();
+    }
   }
   run.each_thread([&](int thread) {
     if (S == Sweep::kStats) {

@@ -231,8 +231,8 @@ void test_same_bits_as_the_cpu() {
         std::vector<char> memory(plan.table_bytes() + 16);
         plan.write_table(memory.data());
         std::memset(static_cast<void*>(p.get()), 0xff, sizeof *p);
-        const uint32_t blocks = plan.fill(*p, most == 3 ? memory.data() : nullptr, number, most);
-        CHECK(blocks >= 1 && blocks <= most, "%u blocks of %u", blocks, most);
+        const uint32_t blocks =
+            plan.fill(*p, most == 3 ? memory.data() : nullptr, number, most, totals);
         std::vector<double> out(totals ? stats ? rows.size() * 5 : 2 + rules * (kMaxSums + 1) : 0,
                                 NAN);
         std::vector<double> partials(plan.segments() * columns + 1, NAN);
@@ -407,8 +407,15 @@ void test_long_segments() {
     plan.strengthen(numbers.data());
     by_row.show(copy.pointers().data(), nullptr);
     std::vector<double> partials(plan.segments() * 5), out(2 + expected.size() + penalties.size());
-    uint32_t blocks = plan.fill(*p, nullptr, cuda::Number::of(1), most);
-    CHECK(p->run > 1, "a segment is one chunk");
+    // Longer shares than those of a grid in the order of memory, as very long segments make.
+    const auto share_out = [&](uint32_t blocks) {
+      if (blocks <= most) return blocks;
+      const uint32_t segments = (p->chunks + p->run - 1) / p->run;
+      p->share = (segments + most - 1) / most * p->run;
+      return (p->chunks + p->share - 1) / p->share;
+    };
+    uint32_t blocks = share_out(plan.fill(*p, nullptr, cuda::Number::of(1), most));
+    CHECK(p->run > 1 && (most > 7 || p->share > 2 * cuda::kBatch), "%u chunks each", p->share);
     p->out = out.data(), p->partials = partials.data(), p->done = &done;
     cuda::run_sweep(Sweep::kValue, plan.family(), *p, blocks, random);
     for (size_t i = 0; i < expected.size(); ++i)
@@ -416,7 +423,7 @@ void test_long_segments() {
             out[1 + i], expected[i]);
     CHECK(out[0] == value_from_sums(table, expected.data(), strengths.data()), "%.17g", out[0]);
     out.resize(5 * stats.size());
-    blocks = by_row.fill(*p, nullptr, cuda::Number::of(1), most);
+    blocks = share_out(by_row.fill(*p, nullptr, cuda::Number::of(1), most));
     p->out = out.data();
     cuda::run_sweep(Sweep::kStats, by_row.family(), *p, blocks, random);
     for (size_t r = 0; r < stats.size(); ++r)

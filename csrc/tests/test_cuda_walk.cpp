@@ -9,7 +9,8 @@ using cuda::Random;
 
 // Blocks take neighbouring chunks from the first to the last, whole segments each; a chunk's place
 // follows the one before; segments are numbered as in the CPU's table.
-void check_walk(const std::vector<int64_t>& sizes, uint32_t most, bool in_table) {
+void check_walk(const std::vector<int64_t>& sizes, uint32_t most, bool in_table,
+                bool totals = true) {
   std::vector<Row> rows;
   for (int64_t n : sizes) rows.push_back({n, DType::kFloat32, 0});
   const Table table(rows, {0});
@@ -20,8 +21,10 @@ void check_walk(const std::vector<int64_t>& sizes, uint32_t most, bool in_table)
   plan.write_table(memory.data());
   static cuda::Parameter p;
   const uint32_t blocks =
-      plan.fill(p, in_table || !plan.by_value() ? memory.data() : nullptr, {}, most);
-  CHECK(blocks >= 1 && blocks <= most, "%u blocks of %u", blocks, most);
+      plan.fill(p, in_table || !plan.by_value() ? memory.data() : nullptr, {}, most, totals);
+  CHECK(blocks >= 1 && (blocks <= most || p.share <= std::max<int64_t>(p.run, cuda::kShare)),
+        "%u blocks of %u, %u chunks each", blocks, most, p.share);
+  CHECK(totals ? p.run * kChunk == table.run() : p.run <= cuda::kShare, "%u in a segment", p.run);
   CHECK(cuda::begin_of(p, 0) == 0 && cuda::begin_of(p, blocks) == p.chunks, "%u to %u of %u",
         cuda::begin_of(p, 0), cuda::begin_of(p, blocks), p.chunks);
   int64_t row = 0, at = 0, segment = -1;
@@ -41,6 +44,10 @@ void check_walk(const std::vector<int64_t>& sizes, uint32_t most, bool in_table)
       CHECK(found == row && place.begin == at && place.n >= 1 && place.n <= kChunk,
             "chunk %u: row %u, %d from %lld; expected row %lld, %lld", chunk, found, place.n,
             (long long)place.begin, (long long)row, (long long)at);
+      if (!totals) {  // (segments have no numbers then)
+        at += place.n;
+        continue;
+      }
       if (place.segment != segment) CHECK(at % table.run() == 0, "segment %u", place.segment);
       if (chunk == begin) CHECK(place.segment != segment, "block %u begins in a segment", block);
       CHECK(place.segment == segment || place.segment == segment + 1, "segment %u after %lld",
@@ -55,7 +62,7 @@ void check_walk(const std::vector<int64_t>& sizes, uint32_t most, bool in_table)
   while (row < static_cast<int64_t>(sizes.size()) && at == sizes[row]) ++row, at = 0;
   CHECK(row == static_cast<int64_t>(sizes.size()), "rows from %lld on are not visited",
         (long long)row);
-  CHECK(segment + 1 == table.segments(), "%lld segments", (long long)segment + 1);
+  if (totals) CHECK(segment + 1 == table.segments(), "%lld segments", (long long)segment + 1);
 }
 
 void test_walk() {
@@ -67,12 +74,15 @@ void test_walk() {
       n = random() % 2 ? edges[random() % 7] : static_cast<int64_t>(random() % 90000);
     check_walk(sizes, 1 + random() % 30, random() % 2);
   }
-  for (int64_t chunks : {kSegments - 1, kSegments, kSegments + 1, 2 * kSegments, 3 * kSegments + 1})
+  for (int64_t chunks : {kSegments - 1, kSegments, kSegments + 1, 2 * kSegments, 3 * kSegments + 1,
+                         kSegmentChunks * kMostSegments + 1})
     for (int64_t d : {-1, 0, 1})
-      for (uint32_t blocks : {1u, 320u, 792u}) {
-        check_walk({chunks * kChunk + d}, blocks, false);
-        check_walk({0, chunks * kChunk / 2 + d, 0, 0, chunks * kChunk / 2, 5, 0}, blocks, false);
-      }
+      for (uint32_t blocks : {1u, 320u, 792u})
+        for (bool totals : {true, false}) {
+          check_walk({chunks * kChunk + d}, blocks, false, totals);
+          check_walk({0, chunks * kChunk / 2 + d, 0, 0, chunks * kChunk / 2, 5, 0}, blocks, false,
+                     totals);
+        }
   check_walk({(int64_t{1} << 31) + 5000}, 792, false);
   check_walk({5, (int64_t{1} << 32) + 1, 3, 0, (int64_t{1} << 31) - 1}, 792, true);
   check_walk(std::vector<int64_t>(20000, kChunk + 1), 792, true);

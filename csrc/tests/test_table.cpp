@@ -24,7 +24,7 @@ void check_cut(const std::vector<int64_t>& sizes) {
   const Table table(rows, {0});
   CHECK(table.numel() == numel, "%lld != %lld", (long long)table.numel(), (long long)numel);
   const int64_t segments = table.segments();
-  CHECK(segments <= kSegments + static_cast<int64_t>(sizes.size()), "%lld segments",
+  CHECK(segments <= kMostSegments + static_cast<int64_t>(sizes.size()), "%lld segments",
         (long long)segments);
   int64_t row = 0, at = 0;
   Span walked{0, 0, 0};
@@ -68,7 +68,8 @@ void test_table() {
     check_cut(sizes);
   }
   // Around one, two and many chunks a segment; one row and several; nothing is allocated.
-  for (int64_t chunks : {kSegments - 1, kSegments, kSegments + 1, 2 * kSegments, 3 * kSegments + 1})
+  for (int64_t chunks : {kSegments - 1, kSegments, kSegments + 1, 2 * kSegments, 3 * kSegments + 1,
+                         kSegmentChunks * kSegments + 1, kSegmentChunks * kMostSegments + 1})
     for (int64_t d : {-1, 0, 1}) {
       check_cut({chunks * kChunk + d});
       check_cut({0, chunks * kChunk / 2 + d, 0, 0, chunks * kChunk / 2, 5, 0});
@@ -88,6 +89,19 @@ void test_table() {
       thrown = true;
     }
     CHECK(thrown, "numel %lld rule %d", (long long)bad.numel, bad.rule);
+  }
+}
+
+// Chunks in a segment: as many as leave 4,096 segments up to 16, then 16, then as many as leave
+// 16,384.
+void test_segments() {
+  const std::pair<int64_t, int64_t> expected[] = {
+      {1, 1},       {4096, 1},    {4097, 2},    {16 * 4096 - 4096, 15}, {16 * 4096, 16},
+      {100000, 16}, {262144, 16}, {262145, 17}, {1960512, 120}};
+  for (const auto& [chunks, run] : expected) {
+    const Table table({{chunks * kChunk, DType::kFloat32, 0}}, {0});
+    CHECK(table.run() == run * kChunk, "%lld chunks: %lld in a segment", (long long)chunks,
+          (long long)(table.run() / kChunk));
   }
 }
 
@@ -124,6 +138,7 @@ void test_overlapping() {
 
 int main() {
   test_table();
+  test_segments();
   test_overlapping();
   if (failures) std::printf("%d checks failed\n", failures);
   return failures ? 1 : 0;

@@ -67,7 +67,8 @@ def _no_gpu() -> str | None:
 class _Queue(NamedTuple):
     """Where a launch goes. Graphs that are captured share scratch memory of their own."""
 
-    stream: torch.cuda.Stream | None  # None on the CPU, where tests run the kernels' code
+    device: torch.device
+    handle: int  # of the stream; 0 on the CPU, where tests run the kernels' code
     capturing: bool
 
     @property
@@ -75,15 +76,17 @@ class _Queue(NamedTuple):
         return -1 if self.capturing else self.handle
 
     @property
-    def handle(self) -> int:
-        return 0 if self.stream is None else self.stream.cuda_stream
+    def stream(self) -> torch.cuda.Stream | None:
+        """The same as torch's object, which takes its time; None on the CPU."""
+        return None if self.device.type == "cpu" else torch.cuda.current_stream(self.device)
 
 
 def _current(device: torch.device) -> _Queue:
     """(Within `_on(device)`.)"""
     if device.type == "cpu":
-        return _Queue(None, False)
-    return _Queue(torch.cuda.current_stream(device), torch.cuda.is_current_stream_capturing())
+        return _Queue(device, 0, False)
+    handle = torch._C._cuda_getCurrentRawStream(device.index)
+    return _Queue(device, handle, torch.cuda.is_current_stream_capturing())
 
 
 # What captured graphs go on using. A graph may outlive the pack that it was captured with, and
@@ -97,8 +100,14 @@ def _kept(t: Tensor, queue: _Queue) -> Tensor:
     return t
 
 
+_AS_IT_IS = nullcontext()
+
+
 def _on(device: torch.device) -> Any:
-    return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
+    """A block in which this is the current device."""
+    if device.type == "cpu" or torch.cuda.current_device() == device.index:
+        return _AS_IT_IS
+    return torch.cuda.device(device)
 
 
 def _warm_up(what: str) -> RuntimeError:
@@ -129,17 +138,19 @@ class _Table:
                     else "a tensor or a strength that is a number has changed"
                 )
             host = torch.frombuffer(bytearray(given), dtype=torch.uint8)
-            if queue.stream is not None:
+            stream = queue.stream
+            if stream is not None:
                 host = host.pin_memory()
             self._data = host.to(self._device, non_blocking=True, copy=True)
             self._ordered = {queue.key}
-            if queue.stream is not None:
+            if stream is not None:
                 self._copied = torch.cuda.Event()
-                self._copied.record(queue.stream)
+                self._copied.record(stream)
         # A capture cannot wait for an event from outside; torch.cuda.graph synchronizes before it.
-        elif queue.stream is not None and not queue.capturing and queue.key not in self._ordered:
-            queue.stream.wait_event(self._copied)
-            self._data.record_stream(queue.stream)
+        elif not queue.capturing and queue.key not in self._ordered:
+            if (stream := queue.stream) is not None:
+                stream.wait_event(self._copied)
+                self._data.record_stream(stream)
             self._ordered.add(queue.key)
         return _kept(self._data, queue).data_ptr()
 
@@ -161,7 +172,8 @@ class _State:
     def target(self, sweep: str, out: Tensor | None = None) -> Any:
         queue = _current(self._device)
         scratch = self._scratch_of(queue, sweep == "stats")
-        table = self._tables.setdefault(sweep, _Table(self._device))
+        if (table := self._tables.get(sweep)) is None:
+            table = self._tables[sweep] = _Table(self._device)
         return load().Target(
             0 if out is None else out.data_ptr(),
             scratch.data_ptr(),
@@ -265,7 +277,7 @@ class CudaBackend:
     ) -> tuple[Tensor, Tensor]:
         out = self._out(pack)
         self._sweep("value", pack, tensors, out, _strengths(rules, pack))
-        return self._value(pack, out), self._parts(pack, out)[0].view(len(rules), -1)
+        return self._value(pack, out), self._sums(pack, out).view(len(rules), -1)
 
     def gradient(
         self,
@@ -288,7 +300,7 @@ class CudaBackend:
         )
         for i in others:
             add_gradient(pack.penalty(i, rules), tensors[i], scale)
-        return self._value(pack, out), self._parts(pack, out)[1], present
+        return self._value(pack, out), self._of_rules(pack, out), present
 
     def prox(
         self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty], step: float | Tensor
@@ -321,7 +333,7 @@ class CudaBackend:
         for i in others:
             apply_prox_in_metric(pack.penalty(i, rules), tensors[i], metrics[i])
         torch.autograd.graph.increment_version(tensors)
-        value, of_rules = self._value(pack, out), self._parts(pack, out)[1]
+        value, of_rules = self._value(pack, out), self._of_rules(pack, out)
         with torch.no_grad():
             for i in others:
                 own = pack.penalty(i, rules).value(tensors[i])
@@ -391,7 +403,7 @@ class CudaBackend:
         if not taken:
             return None
         torch.autograd.graph.increment_version(tensors)
-        return self._value(pack, out), self._parts(pack, out)[1], out[-1:].view(torch.int64)[0]
+        return self._value(pack, out), self._of_rules(pack, out), out[-1:].view(torch.int64)[0]
 
     def stats(self, pack: Pack, tensors: list[Tensor]) -> Tensor:
         out = torch.empty(len(tensors), 5, dtype=torch.float64, device=pack.device)
@@ -405,14 +417,15 @@ class CudaBackend:
         size = 3 + len(pack.penalties) * (columns + 1)
         return torch.empty(size, dtype=torch.float64, device=pack.device)
 
-    def _parts(self, pack: Pack, out: Tensor) -> tuple[Tensor, Tensor]:
-        """The sums and the rules' values of such an `out`."""
-        rules = len(pack.penalties)
-        return out[1 : -2 - rules], out[-2 - rules : -2]
+    def _sums(self, pack: Pack, out: Tensor) -> Tensor:
+        return out[1 : -2 - len(pack.penalties)]
+
+    def _of_rules(self, pack: Pack, out: Tensor) -> Tensor:
+        return out[-2 - len(pack.penalties) : -2]
 
     def _value(self, pack: Pack, out: Tensor) -> Tensor:
         """As float32 if no tensor is float64: that saves a launch to convert it."""
-        return out[0] if pack.layouts[self.name].wide else out[-2:-1].view(torch.float32)[0]
+        return out[0] if pack.layouts[self.name].wide else out.view(torch.float32)[-4]
 
     def _state(self, pack: Pack, tensors: list[Tensor]) -> _State:
         state = pack.layouts.get(self.name)
@@ -451,9 +464,8 @@ def _number(x: float | Tensor, pack: Pack) -> float | Tensor:
 
 def _strengths(rules: Sequence[Penalty], pack: Pack) -> list[float | Tensor]:
     """[rules * max_strengths], 0 where a penalty has no use for one."""
-    width = load().max_strengths
-    return [
-        _number(s, pack)
-        for rule in rules
-        for s in (*rule.strengths, *[0.0] * (width - len(rule.strengths)))
-    ]
+    width, found = load().max_strengths, []
+    for rule in rules:
+        own = rule.strengths
+        found += own + (0.0,) * (width - len(own))
+    return [x if type(x) is float else _number(x, pack) for x in found]

@@ -268,7 +268,7 @@ class TritonBackend:
             return known[0]
         stream = 0
         if pack.device.type == "cuda":
-            stream = torch.cuda.current_stream(pack.device).cuda_stream
+            stream = torch._C._cuda_getCurrentRawStream(pack.device.index)
         uploaded, strengths = state.strengths.get(stream, (None, None))
         if numbers != uploaded:
             strengths = _uploaded(rules, pack.device)
@@ -277,6 +277,8 @@ class TritonBackend:
 
 
 def _capturing(device: torch.device) -> bool:
+    if torch.cuda.current_device() == device.index:
+        return torch.cuda.is_current_stream_capturing()
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
 
