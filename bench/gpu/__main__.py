@@ -248,8 +248,6 @@ def steps(check: Check, wheels: Path | None, commit: str, work: Path) -> None:
         [[*share, "0", "37"]] if check.dry else [[*share, str(i), str(parts)] for i in range(parts)]
     )
     check.run("kernels", 60, *shares)
-    with ThreadPoolExecutor() as pool:  # at once, as both take one core for most of their time
-        list(pool.map(lambda job: job(check, python), (tests, memory)))
     figures = [*python, "-m", "bench.gpu.figures", "--out", str(check.out), "--seconds", "70"]
     check.run("figures", 100, [*figures, "--commit", commit, *dry])
     device = ["--device", "cpu" if check.dry else "cuda", "--commit", commit]
@@ -264,6 +262,8 @@ def steps(check: Check, wheels: Path | None, commit: str, work: Path) -> None:
     ways = ["--ways", "loop", "foreach", "pyreg in the loss", "pyreg accumulate_", "pyreg prox_"]
     json_file = ["--json", str(check.out / "counters.json")]
     check.run("counters", 40, [*counted, "--seconds", "0.2", *ways, *json_file])
+    with ThreadPoolExecutor() as pool:  # at once, as both take one core for most of their time
+        list(pool.map(lambda job: job(check, python), (tests, memory)))
 
 
 def main() -> int:
