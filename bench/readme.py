@@ -103,13 +103,33 @@ def targets(data: Mapping[str, Any]) -> str:
     where = data["environment"]
     lines = [[t["what"], t["target"], t["figure"], said[t["passed"]]] for t in data["targets"]]
     memory = f"{where['memory_bytes'] / 1e9:.0f} GB"
+    machine = where["gpu"] or f"{where['threads']} threads of an {where['cpu']}, {memory}"
     return "\n\n".join(
         (
             _lines(["", "target", "figure", "met"], lines),
-            f"{where['threads']} threads of an {where['cpu']}, {memory}, torch {where['torch']}; "
+            f"{machine}, torch {where['torch']}; "
             f"commit {where['commit'][:7]}, {where['time'][:10]}.",
         )
     )
+
+
+def on_gpu(record: Record) -> str:
+    """Time, bandwidth, host time and launches of every way on each workload."""
+    copies = {r.workload: r.gb_per_s for r in record.rows if r.way == "dst.copy_(src)"}
+    lines = [
+        [
+            row.workload,
+            row.way,
+            _ms(row),
+            f"{row.gb_per_s:,.0f}",
+            f"{100 * row.gb_per_s / copies[row.workload]:.0f} %",
+            "-" if row.host_seconds is None else f"{1e6 * row.host_seconds:,.0f}",
+            "-" if row.kernels is None else f"{row.kernels:,}",
+        ]
+        for row in record.rows
+        if row.seconds is not None and not row.way.endswith(" as float32")
+    ]
+    return _lines(["workload", "way", "ms", "GB/s", "of the copy's", "host us", "launches"], lines)
 
 
 def multiples(rows: Sequence[Line], line: str, column: str) -> str:
@@ -174,6 +194,10 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "penalties": lambda: multiples(_sweeps("penalties"), "penalty", "sweep"),
     "steps_zen3": lambda: multiples(csv_rows("optim-zen3"), "way", "workload"),
     "penalties_zen3": lambda: multiples(_sweeps("penalties-zen3"), "penalty", "sweep"),
+    "gpu": lambda: on_gpu(load(RESULTS / "h200.json")),
+    "gpu_targets": lambda: targets(json.loads((RESULTS / "h200.json").read_text())),
+    "gpu_steps": lambda: multiples(csv_rows("optim-h200"), "way", "workload"),
+    "gpu_penalties": lambda: multiples(_sweeps("penalties-h200"), "penalty", "sweep"),
     "peers": lambda: peers(csv_rows("peers")),
     "overhead": lambda: overhead(csv_rows("overhead")),
 }

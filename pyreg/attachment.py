@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .metric import Metric, gain, identity, metric_of
+from .metric import Metric, Number, gain, identity, metric_of, waits
 
 if TYPE_CHECKING:
     from .regularizer import Regularizer
@@ -253,25 +253,59 @@ def metric_of_rows(
     """Each parameter's metric; None for one that the step before did not move: not among the ids
     `moved`, or if those are not known, without a gradient."""
     skipped = getattr(optimizer, "found_inf", None)
-    groups = {}
+    if skipped is not None and skipped.device.type == "cpu":
+        moved, skipped = (set() if skipped.item() else moved), None
+    groups, numbers, taken = {}, {}, {}
     for group in optimizer.param_groups:
         with_rate = {**group, "lr": _rate(coupling, group)}
         groups |= {id(p): with_rate for p in group["params"]}
+        numbers |= _numbers_together(optimizer.state, with_rate, read)
 
     def metric(p: Tensor) -> Metric | None:
         group, state = groups.get(id(p)), optimizer.state.get(p)
         if group is None or (p.grad is None if moved is None else id(p) not in moved):
             return None
+        if id(p) in numbers:
+            found = read(group, {**state, "step": _LATE})._replace(**numbers[id(p)])
+        else:
+            found = read(group, state)
         if skipped is None:
-            return read(group, state)
-        if skipped.device.type == "cpu":
-            return None if skipped.item() else read(group, state)
+            return found
         # Without waiting for the device: a step of 0 changes nothing.
-        found = read(group, state)
-        taken = (skipped.to(p.device) == 0).double()
-        return found._replace(numerator=found.numerator * taken)
+        if p.device not in taken:
+            taken[p.device] = (skipped.to(p.device) == 0).double()
+        return found._replace(numerator=found.numerator * taken[p.device])
 
     return metric
+
+
+_LATE = 1e6  # a count at which each metric has its moment
+
+
+def _numbers_together(
+    state: Mapping[Tensor, dict[str, Any]],
+    group: dict[str, Any],
+    read: Callable[[dict[str, Any], dict[str, Any]], Metric],
+) -> dict[int, dict[str, Number]]:
+    """{id: a metric's numbers} of those parameters of a param group whose counts of steps are on a
+    GPU: all of a device in a few operations, where one by one they would be some launches each."""
+    on: dict[torch.device, list[Tensor]] = {}
+    for p in group["params"]:
+        if isinstance(step := state.get(p, {}).get("step"), Tensor) and waits(step):
+            on.setdefault(step.device, []).append(p)
+    found: dict[int, dict[str, Number]] = {}
+    for params in on.values():
+        steps = torch.stack([state[p]["step"].detach().reshape(()) for p in params]).double()
+        try:
+            together = read(group, {**state[params[0]], "step": steps})
+        except KeyError:  # which whoever asks for it hears of, with its name
+            continue
+        for name in ("numerator", "factor", "offset"):
+            x = getattr(together, name)
+            each = x.unbind() if isinstance(x, Tensor) and x.ndim == 1 else [x] * len(params)
+            for p, own in zip(params, each, strict=True):
+                found.setdefault(id(p), {})[name] = own
+    return found
 
 
 def _rate(coupling: Coupling, group: dict[str, Any]) -> float | Tensor:

@@ -150,8 +150,13 @@ def check_moment(metric: Metric, t: Tensor, name: str) -> None:
         )
 
 
+def waits(x: Tensor) -> bool:
+    """Whether the host would have to wait for its number."""
+    return x.device.type != "cpu"
+
+
 def number(x: Number) -> Number:
     """A float, but for a tensor on a GPU, which would have to be waited for, or of several."""
     if not isinstance(x, Tensor):
         return float(x)
-    return x if x.device.type != "cpu" or x.ndim > 0 else float(x.detach())
+    return x if waits(x) or x.ndim > 0 else float(x.detach())

@@ -157,6 +157,17 @@ def test_a_refusal_is_said_once_and_nothing_else_is_lost(monkeypatch):
     assert table.count("for a reason") == 1
 
 
+@pytest.mark.parametrize("large", [True, False])
+def test_counters_that_saw_too_little_are_not_believed(monkeypatch, large):
+    """But where it may all be in a cache."""
+    n = WORKLOADS["tiny"].bytes
+    monkeypatch.setitem(measure.__globals__, "_beyond_caches", lambda parameters: large)
+    rows, _ = measured(monkeypatch, lambda run, device: n)
+    row = rows["pyreg accumulate_"]
+    assert row.counted == (None if large else 1.0)
+    assert ("the counters read 1.00 N, and it moves 2 N at least" in row.note) == large
+
+
 def test_without_a_gpu():
     net = torch.nn.Linear(4, 3)
     result = pyreg.profile(net, pyreg.L1(1e-3), ways=["loop"], seconds=0, rounds=1, counters=True)

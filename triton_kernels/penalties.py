@@ -79,6 +79,14 @@ def at_least(a, limit):
 
 
 @triton.jit
+def quotient(x, y):
+    """x / y, y > 0, where x is 0 for many elements, which a GPU divides in a long way: the bits are
+    the division's."""
+    q = divide(tl.where(x == 0, 1, x), y)
+    return tl.where(x == 0, at_most(q, 1) * x, q)
+
+
+@triton.jit
 def log_1_plus(x):
     """log(1 + x) for x >= 0, within 2^-23 (2^-52) of it relative.
 
@@ -160,7 +168,7 @@ def l2_grad(w, c0, c1):
 
 @triton.jit
 def l2_prox(w, step, c0, c1):
-    return divide(w, 1 + 2 * step * c0)
+    return quotient(w, 1 + 2 * step * c0)
 
 
 PENALTIES["l2"] = Penalty(1, l2_term, l2_value, l2_grad, l2_prox)
@@ -186,7 +194,7 @@ def elastic_net_grad(w, c0, c1):
 
 @triton.jit
 def elastic_net_prox(w, step, c0, c1):
-    return divide(soft_threshold(w, step * c0), 1 + 2 * step * c1)
+    return quotient(soft_threshold(w, step * c0), 1 + 2 * step * c1)
 
 
 PENALTIES["elastic_net"] = Penalty(

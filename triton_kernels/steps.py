@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .penalties import at_least, divide
+from .penalties import at_least, divide, quotient
 from .totals import finish, place_of
 from .walk import (
     CHUNK,
@@ -186,7 +186,7 @@ def _visit(
         if WITH == "prox" and ELEMENTARY and RATIO:
             new = _moved_and_shrunk(x, move, at_least(q, smallest), by, l1, l2)
         else:
-            new = x - divide(move, q) if RATIO else x - move
+            new = x - quotient(move, q) if RATIO else x - move
         if WITH == "prox" and ELEMENTARY and not RATIO:
             new = _shrunk(new, at_least(q, smallest), by, l1, l2)
         if WITH == "prox" and not ELEMENTARY:

@@ -38,10 +38,10 @@ PENALTY = pyreg.ElasticNet(1e-5, 1e-4)
 ON_GPU = {
     "llama": ("loop", "foreach"),
     "gpt2-xl": ("loop", "foreach"),
-    "experts": ("foreach",),
-    "many-tiny": ("foreach",),
     "resnet": ("loop", "foreach", "compile"),
     "gpt2": ("loop", "foreach", "compile"),
+    "many-tiny": ("foreach",),
+    "experts": ("foreach",),
 }
 PYREG = [
     way.name

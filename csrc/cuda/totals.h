@@ -267,6 +267,7 @@ PYREG_DEVICE_CALL void finish(Executor& run, const Parameter& p, Shared<S>& shar
                            totals + static_cast<int64_t>(base + i) * kColumns<S>);
       run.sync();
     }
+    run.sync();  // all have read the counts
   }
   run.each_thread([&](int thread) {
     if (S == Sweep::kStats) {

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from ..penalties import Penalty
 from ..reference import FORMULAS
 from .check import Disagreement, Expected, check
@@ -258,4 +260,17 @@ def _count_all(
             why = f"from here on no bytes were counted: {error}"
             rows[name] = replace(row, note="; ".join(filter(None, (row.note, why))))
             return
-        rows[name] = replace(row, counted=moved / _bytes(row, parameters))
+        counted, must = moved / _bytes(row, parameters), _MUST_MOVE.get(row.job, 0)
+        if counted < 0.9 * must and _beyond_caches(parameters):
+            why = f"bytes: the counters read {counted:.2f} N, and it moves {must} N at least"
+            rows[name] = replace(row, note="; ".join(filter(None, (row.note, why))))
+        else:
+            rows[name] = replace(row, counted=counted)
+
+
+_MUST_MOVE = {"value": 1, "gradient": 2, "prox": 2}  # N, where caches hold little of it
+
+
+def _beyond_caches(parameters: Parameters) -> bool:
+    cache = torch.cuda.get_device_properties(parameters.device).L2_cache_size
+    return parameters.workload.bytes > 4 * cache

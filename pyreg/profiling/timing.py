@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 _BLOCK = 1e-2  # seconds: shorter runs are timed several at a time, until caches are settled
+_GPU_BLOCK = 5e-2  # and here the first of them waits for its launch, some 0.2 ms
 _LONG = 0.2  # seconds: longer runs are not warmed up before each sample
 
 
@@ -80,10 +81,11 @@ def by_turns(
     Raises:
         Interrupted: Ctrl-C; with the timings of what has samples.
     """
-    measure = wall_seconds if torch.device(device).type == "cpu" else device_seconds
+    on_cpu = torch.device(device).type == "cpu"
+    how = (wall_seconds, _BLOCK) if on_cpu else (device_seconds, _GPU_BLOCK)
     samples: dict[str, list[float]] = {}
     try:
-        take_samples(samples, runs, rounds, seconds, fewest, tell, measure)
+        take_samples(samples, runs, rounds, seconds, fewest, tell, *how)
     except KeyboardInterrupt:
         raise Interrupted({name: summarize(s) for name, s in samples.items() if s}) from None
     return {name: summarize(s) for name, s in samples.items()}
@@ -97,10 +99,11 @@ def take_samples(
     fewest: int,
     tell: Callable[[str, float], None],
     measure: Callable[[Callable[[], object], int], float],
+    block: float = _BLOCK,
 ) -> None:
     """What `by_turns` summarizes, into `samples`; `measure` gives seconds per run of so many."""
     estimates = {name: _estimate(run, measure) for name, run in runs.items()}
-    blocks = {name: max(1, round(_BLOCK / t)) for name, t in estimates.items()}
+    blocks = {name: max(1, round(block / t)) for name, t in estimates.items()}
     wanted = {
         name: min(rounds, max(fewest, int(seconds / (t * blocks[name] * (1 + (t < _LONG))))))
         for name, t in estimates.items()
