@@ -113,6 +113,26 @@ def targets(data: Mapping[str, Any]) -> str:
     )
 
 
+def gpu_summary(record: Record) -> str:
+    """The largest workload on a GPU, in a sentence."""
+
+    def of(way: str) -> str:
+        return _ms(find(record.rows, "llama", PENALTY, way))
+
+    where = record.environment
+    copy = find(record.rows, "llama", PENALTY, "dst.copy_(src)")
+    own = find(record.rows, "llama", PENALTY, "pyreg accumulate_, native")
+    share = 100 * own.gb_per_s / copy.gb_per_s
+    return (
+        f"On an {where.gpu.partition(',')[0]} (torch {where.torch}), L1 + L2 of Llama-3-8B in "
+        f"bfloat16, 291 tensors of 16 GB: the loop takes {of('loop')} ms, `torch._foreach_norm` "
+        f"and autograd {of('foreach')}, `accumulate_()` {of('pyreg accumulate_, native')} "
+        f"({of('pyreg accumulate_, triton')} with Triton), one launch at {share:.0f} % of a copy's "
+        f"bandwidth, the value alone {of('pyreg value, native')}, "
+        f"`prox_()` {of('pyreg prox_, native')}."
+    )
+
+
 def on_gpu(record: Record) -> str:
     """Time, bandwidth, host time and launches of every way on each workload."""
     copies = {r.workload: r.gb_per_s for r in record.rows if r.way == "dst.copy_(src)"}
@@ -194,6 +214,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "penalties": lambda: multiples(_sweeps("penalties"), "penalty", "sweep"),
     "steps_zen3": lambda: multiples(csv_rows("optim-zen3"), "way", "workload"),
     "penalties_zen3": lambda: multiples(_sweeps("penalties-zen3"), "penalty", "sweep"),
+    "gpu_summary": lambda: gpu_summary(load(RESULTS / "h200.json")),
     "gpu": lambda: on_gpu(load(RESULTS / "h200.json")),
     "gpu_targets": lambda: targets(json.loads((RESULTS / "h200.json").read_text())),
     "gpu_steps": lambda: multiples(csv_rows("optim-h200"), "way", "workload"),
