@@ -30,9 +30,10 @@ DTYPES = {
 ELEMENTARY = {"l1": 1, "l2": 2, "elastic_net": 3}  # those whose prox takes no division of its own
 PARTIALS = 16384  # numbers aimed at: 128 KiB; many groups take at most twice that
 SHARE = 64  # chunks of a program at least, in a model that keeps all multiprocessors busy
-# Registers of a thread on NVIDIA, for most penalties and for those of HEAVY, at which no sweep
-# spills but LogSum's of float64, anchored proxes of float64, and steps of float64 or, a few, with
-# three states. They say how many programs a multiprocessor (65,536 registers) runs at a time.
+# Registers of a thread on NVIDIA, for light kernels and for heavy ones, at which no sweep spills
+# but LogSum's of float64, anchored proxes of float64, and steps of float64 or, a few, with three
+# states; on sm_100 some spill one or two. They say how many programs a multiprocessor (65,536
+# registers) runs at a time.
 REGISTERS = {
     "value": (80, 96),
     "gradient": (64, 64),
@@ -42,7 +43,7 @@ REGISTERS = {
     "stats": (80, 80),
     "step": (128, 128),
 }
-HEAVY = {"l_half", "log_sum"}  # their maths takes registers
+HEAVY = {"l_half", "log_sum"}  # their maths takes registers; so does float64
 STAGES = {"accumulate": 4, "prox": 4}  # blocks whose loads are under way at a time; else one
 PROGRAMS_ON_ROCM = 8
 
@@ -219,7 +220,7 @@ class Plan:
         self._columns = columns
         self._tables: tuple[Table, Table] | None = None
         self._scratch: dict[int, tuple[Tensor, Tensor]] = {}
-        self._heavy = not HEAVY.isdisjoint(names)
+        self._heavy = is_heavy(names, constants)
         self._constants = constants
 
     def launch(
@@ -326,6 +327,10 @@ def _penalties(names: list[str]) -> dict:
         "PROXES": tuple(p.prox for p in used),
         "SOURCES": _sources(),
     }
+
+
+def is_heavy(names: list[str], constants: dict) -> bool:
+    return not HEAVY.isdisjoint(names) or tl.float64 in constants["DTYPES"]
 
 
 @cache
