@@ -18,7 +18,8 @@
 // Why this shape:
 // - A warp takes a chunk of 4,096 elements, for then a thread has 8 of the chunk's 256 lanes,
 //   whatever the dtype, and no warp waits for another until 64 chunks are done.
-// - More blocks than run at a time, each with 16 neighbouring chunks or a segment: one binary search
+// - More blocks than run at a time, each with 16 neighbouring chunks or a segment: one binary
+// search
 //   over the tensors, then increments. Blocks begin in the order of memory, so what is under way
 //   lies in one stretch of it. A persistent grid, each block with a stretch of its own, took 8 %
 //   longer on an H200, for 8e9 bfloat16 elements; segments of a quarter of their number, 5 %. A
@@ -27,8 +28,8 @@
 //   bit, whatever the grid. Products and sums stay apart (-fmad=false), divisions are IEEE's, and
 //   so gradients and proximal steps are the CPU's too. Only a NaN's payload may differ.
 // - The last block to finish adds up the partials: no second kernel, no atomic additions of
-//   numbers. It also sets the counter back for the next launch: nothing needs to clear it. That is a
-//   call, not inlined: registers of its own let it have 16 loads of a thread under way.
+//   numbers. It also sets the counter back for the next launch: nothing needs to clear it. That is
+//   a call, not inlined: registers of its own let it have 16 loads of a thread under way.
 // - One kernel for all dtypes and penalties of a pack, chosen for each chunk. L1, L2 and elastic
 //   net have kernels of their own, in which each has a loop for each dtype: 24 bodies share 80
 //   registers. A pack with any other penalty goes through kernels that know all nine. There, and in
