@@ -87,13 +87,14 @@ constexpr C kLargest = std::numeric_limits<C>::max() / 2;
 template <class C>
 constexpr C kSmallest = std::numeric_limits<C>::min();
 
-// x / y, y > 0, where x is 0 for many elements: a GPU divides 0 in a long way, which all threads of
-// a warp go with one. The bits are the division's.
+// x / y, y >= 0, where x is 0 for many elements: a GPU divides 0 in a long way, which all threads
+// of a warp go with one. The bits are the division's.
 template <class C>
 PYREG_FN C quotient(C x, C y) {
 #if defined(__CUDA_ARCH__)
-  const C q = (x == C(0) ? C(1) : x) / y;
-  return x == C(0) ? at_most(q, kLargest<C>) * x : q;
+  const bool spared = x == C(0) && y > C(0);
+  const C q = (spared ? C(1) : x) / y;
+  return spared ? at_most(q, kLargest<C>) * x : q;
 #else
   return x / y;
 #endif

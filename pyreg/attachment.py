@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .metric import Metric, Number, gain, identity, metric_of, waits
+from .metric import Metric, gain, identity, metric_of, waits
 
 if TYPE_CHECKING:
     from .regularizer import Regularizer
@@ -266,7 +267,8 @@ def metric_of_rows(
         if group is None or (p.grad is None if moved is None else id(p) not in moved):
             return None
         if id(p) in numbers:
-            found = read(group, {**state, "step": _LATE})._replace(**numbers[id(p)])
+            key, found = numbers[id(p)]
+            found = found._replace(moment=state[key])
         else:
             found = read(group, state)
         if skipped is None:
@@ -279,32 +281,37 @@ def metric_of_rows(
     return metric
 
 
-_LATE = 1e6  # a count at which each metric has its moment
-
-
 def _numbers_together(
     state: Mapping[Tensor, dict[str, Any]],
     group: dict[str, Any],
     read: Callable[[dict[str, Any], dict[str, Any]], Metric],
-) -> dict[int, dict[str, Number]]:
-    """{id: a metric's numbers} of those parameters of a param group whose counts of steps are on a
-    GPU: all of a device in a few operations, where one by one they would be some launches each."""
+) -> dict[int, tuple[str, Metric]]:
+    """{id: its moment's name in the state, the rest of its metric} of those parameters of a param
+    group whose counts of steps are on a GPU: all of a device in a few operations, where one by one
+    they would be some launches each."""
     on: dict[torch.device, list[Tensor]] = {}
     for p in group["params"]:
-        if isinstance(step := state.get(p, {}).get("step"), Tensor) and waits(step):
+        own = state.get(p)
+        step = own.get("step") if isinstance(own, Mapping) else None
+        if isinstance(step, Tensor) and waits(step):
             on.setdefault(step.device, []).append(p)
-    found: dict[int, dict[str, Number]] = {}
-    for params in on.values():
+    found: dict[int, tuple[str, Metric]] = {}
+    for params in on.values() if read is not identity else ():
+        first = state[params[0]]
         steps = torch.stack([state[p]["step"].detach().reshape(()) for p in params]).double()
         try:
-            together = read(group, {**state[params[0]], "step": steps})
+            together = read(group, {**first, "step": steps})
         except KeyError:  # which whoever asks for it hears of, with its name
             continue
-        for name in ("numerator", "factor", "offset"):
-            x = getattr(together, name)
-            each = x.unbind() if isinstance(x, Tensor) and x.ndim == 1 else [x] * len(params)
-            for p, own in zip(params, each, strict=True):
-                found.setdefault(id(p), {})[name] = own
+        key = next((k for k, x in first.items() if x is together.moment), None)
+        if key is None or together.moment is None:  # it is made anew for each, or there is none
+            continue
+        columns = [
+            x.expand(len(params)).unbind() if isinstance(x, Tensor) and x.ndim == 1 else repeat(x)
+            for x in together[1:4]
+        ]
+        for p, *numbers in zip(params, *columns, strict=False):
+            found[id(p)] = key, Metric(None, *numbers, together.root)
     return found
 
 

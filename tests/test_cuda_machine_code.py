@@ -90,6 +90,7 @@ def read(sweep, family, usage, sass):
     called = [int(at, 16) for at in re.findall(r"\bCALL\.REL\S* (?:`\(\S+\) )?0x([0-9a-f]+)", code)]
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?;)", code)
     loops = "\n".join(text for at, text in lines if int(at, 16) < min(called, default=1 << 32))
+    assert loops, "no code was read"
     return {
         "registers": int(re.search(r"REG:(\d+)", own)[1]),
         "local": sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", own))),

@@ -29,7 +29,7 @@ DTYPES = {
 }
 ELEMENTARY = {"l1": 1, "l2": 2, "elastic_net": 3}  # those whose prox takes no division of its own
 PARTIALS = 16384  # numbers aimed at: 128 KiB; many groups take at most twice that
-SHARE = 64  # chunks of a program at least, in a model that keeps all multiprocessors busy
+SHARE = 64  # chunks of a program at most, or one slot, where all multiprocessors have some
 # Registers of a thread on NVIDIA, for light kernels and for heavy ones, at which no sweep spills
 # but LogSum's of float64, anchored proxes of float64, and steps of float64 or, a few, with three
 # states; on sm_100 some spill one or two. They say how many programs a multiprocessor (65,536

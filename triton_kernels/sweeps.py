@@ -1,4 +1,4 @@
-"""The sweeps: one persistent kernel visits every element of every tensor.
+"""The sweeps: one kernel visits every element of every tensor.
 
 Rows (one per tensor) are cut into chunks of CHUNK bytes. `run` chunks, of one row or of several
 that follow each other, make a slot: what a program takes, and what leaves one partial result. Slots

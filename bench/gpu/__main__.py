@@ -1,7 +1,8 @@
-"""Build, test, check and measure on a GPU, without a network, within eight minutes.
+"""Build, measure, test and check on a GPU, without a network, within eight minutes.
 
 Each step runs in a process of its own with a limit of its own; one that fails does not stop the
-later ones. OUT then holds gpu.log, steps.json, tests.xml, sweeps.xml and what figures.py writes.
+later ones. OUT then holds gpu.log, steps.json, tests.xml, sweeps.xml, optim.csv,
+penalties.csv, counters.json and what figures.py writes.
 This file imports the standard library alone, as nothing else may be there yet.
 """
 

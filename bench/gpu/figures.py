@@ -33,7 +33,7 @@ from pyreg.profiling.ways import serving
 from . import targets
 
 PENALTY = pyreg.ElasticNet(1e-5, 1e-4)
-# Those with targets first. torch.compile takes minutes for the graphs of the larger ones; for
+# The largest first, those of many tensors last. torch.compile takes minutes for the graphs of the larger ones; for
 # 18,867 tensors the loop takes a second a run, for the 10,000 tiny ones 2.5.
 ON_GPU = {
     "llama": ("loop", "foreach"),

@@ -29,7 +29,7 @@ std::string unserved(int device);
 template <Family F>
 const void* kernel(Sweep sweep);
 
-// Blocks of a kernel that a device runs at a time: the largest grid worth launching.
+// Blocks of a kernel that a device runs at a time.
 int blocks_at_a_time(Sweep sweep, Family family, int device);
 
 // One launch on a stream of the device. Does not wait for it.

@@ -134,8 +134,9 @@ class Plan {
     p.rules = rules();
     p.chunks = chunks_;
     p.run = static_cast<uint32_t>(totals ? run_ : std::min(run_, kShare));
-    // Equal shares: as few blocks as take no more segments each than the fullest one would.
-    const int64_t segments = std::max<int64_t>(1, (chunks_ + p.run - 1) / p.run);
+    // Equal shares: of kShare chunks or a segment; shorter where fewer blocks than run at a time
+    // would have any.
+    const int64_t segments = std::max<int64_t>(1, (int64_t{chunks_} + p.run - 1) / p.run);
     const int64_t each =
         std::min(std::max<int64_t>(1, kShare / p.run), (segments + blocks - 1) / blocks);
     p.share = static_cast<uint32_t>(each * p.run);

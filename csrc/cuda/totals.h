@@ -186,7 +186,7 @@ PYREG_DEVICE void add_many_partials(Executor& run, const double* partials, uint3
                                     double* stripes, double* totals) {
   constexpr int kColumn = kColumns<S>, kEach = kStripes / kThreads;
   constexpr int kAhead = kColumn > 2 ? 1 : 4;  // rounds whose loads are under way
-  static_assert(kEach == 2);
+  static_assert(kEach == 2 && 2 * kBatch >= kThreads);
   run.each_thread([&](int thread) {
     double sums[kColumn][kEach] = {};
 #pragma unroll 1

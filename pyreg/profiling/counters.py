@@ -1,8 +1,8 @@
 """Bytes that a GPU's memory reads and writes during a run, by its hardware counters.
 
 CUPTI's Range Profiling API (CUDA 12.6 and later), through the library that torch has loaded: one
-range, one pass, nothing replayed. (`profiler_metrics` of torch.profiler ends with CUDA 12.6.) Not
-run on a GPU yet; the fields are those of cupti_profiler_host.h and cupti_range_profiler.h, in their
+range, one pass, nothing replayed. (`profiler_metrics` of torch.profiler ends with CUDA 12.6.) The
+fields are those of cupti_profiler_host.h and cupti_range_profiler.h, in their
 order, without those that later versions have added behind.
 """
 

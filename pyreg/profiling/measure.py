@@ -260,7 +260,7 @@ def _count_all(
             why = f"from here on no bytes were counted: {error}"
             rows[name] = replace(row, note="; ".join(filter(None, (row.note, why))))
             return
-        counted, must = moved / _bytes(row, parameters), _MUST_MOVE.get(row.job, 0)
+        counted, must = moved / _bytes(row, parameters), _must_move(row)
         if counted < 0.9 * must and _beyond_caches(parameters):
             why = f"bytes: the counters read {counted:.2f} N, and it moves {must} N at least"
             rows[name] = replace(row, note="; ".join(filter(None, (row.note, why))))
@@ -268,7 +268,11 @@ def _count_all(
             rows[name] = replace(row, counted=counted)
 
 
-_MUST_MOVE = {"value": 1, "gradient": 2, "prox": 2}  # N, where caches hold little of it
+def _must_move(row: Row) -> float:
+    """N, where caches hold little of it."""
+    if row.job == "limit":
+        return row.traffic
+    return {"value": 1, "gradient": 2, "prox": 2}.get(row.job, 0)
 
 
 def _beyond_caches(parameters: Parameters) -> bool:

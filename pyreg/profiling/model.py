@@ -73,7 +73,7 @@ def profile(
         tell: is told what goes on and the share done.
         trace: where to write a Chrome trace of one run of each way.
         counters: on a GPU, count the bytes that its memory moves in one more run of each way, by
-            CUPTI; where that cannot be, a note says why. (No GPU has run this yet.)
+            CUPTI; where that cannot be, a note says why.
 
     Raises:
         TypeError, ValueError: what cannot be profiled, by name; nothing has run then.
