@@ -33,8 +33,8 @@ from pyreg.profiling.ways import serving
 from . import targets
 
 PENALTY = pyreg.ElasticNet(1e-5, 1e-4)
-# The largest first, those of many tensors last. torch.compile takes minutes for the graphs of the larger ones; for
-# 18,867 tensors the loop takes a second a run, for the 10,000 tiny ones 2.5.
+# The largest first, those of many tensors last. torch.compile takes minutes for the graphs of the
+# larger ones; for 18,867 tensors the loop takes a second a run, for the 10,000 tiny ones 2.5.
 ON_GPU = {
     "llama": ("loop", "foreach"),
     "gpt2-xl": ("loop", "foreach"),
