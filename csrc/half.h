@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "penalties.h"
+#include "scalars.h"
 
 namespace pyreg {
 

@@ -317,9 +317,9 @@ def test_a_graph_outlives_its_pack(kernels, monkeypatch):
     with monkeypatch.context() as during:
         during.setattr(cuda, "_current", lambda device: CAPTURING)
         sweep(pack)
-    used = [state._scratch[-1, False], state._numbers]
+    used = [state._scratch[-1], state._numbers]
     used += [state._tables[verb]._data for verb in ("value", "prox_in_metric")]
-    others = [state._scratch[0, False]]
+    others = [state._scratch[0]]
     gone = [weakref.ref(t) for t in others]
     kept = [(weakref.ref(t), t.data_ptr()) for t in used]
     del pack, state, used, others
@@ -347,7 +347,7 @@ def test_streams_have_scratch_of_their_own(kernels, monkeypatch):
         queue = cuda._Queue(torch.device("cpu"), handle, False)
         monkeypatch.setattr(cuda, "_current", lambda device, queue=queue: queue)
         assert kernels.value(pack, tensors, rules)[0] == 2
-    assert {key for key, _ in pack.layouts["native"]._scratch} == {1, 2, -1}
+    assert pack.layouts["native"]._scratch.keys() == {1, 2, -1}
 
 
 def test_an_architecture_that_is_not_inside_is_refused(kernels, on_host, monkeypatch):

@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -46,11 +47,11 @@ class Layout {
 
   bool by_value() const { return plans_[0].by_value(); }
 
-  // A zeroed counter, then the partials.
-  int64_t scratch_bytes(bool stats) const {
-    const int columns =
-        stats ? kColumns<Sweep::kStats> : kColumns<Sweep::kStep>;  // the most of the others
-    return kCounterBytes + int64_t{plans_[stats].segments()} * columns * int64_t{sizeof(double)};
+  // A zeroed counter, then the partials of whichever sweep has most.
+  int64_t scratch_bytes() const {
+    const int64_t by_rule = int64_t{plans_[0].segments()} * kColumns<Sweep::kStep>;
+    const int64_t by_row = int64_t{plans_[1].segments()} * kColumns<Sweep::kStats>;
+    return kCounterBytes + std::max(by_rule, by_row) * int64_t{sizeof(double)};
   }
 
   void value(const py::list& tensors, const py::list& strengths, const Target& target) {
@@ -228,9 +229,8 @@ class Layout {
     if (!plan.by_value()) table = table_of(plan, tables_[static_cast<int>(sweep)], target);
     static thread_local Parameter parameter;
     const int most = blocks_at_a_time(sweep, plan.family(), device_);
-    const bool totals = sweep != Sweep::kGradient && sweep != Sweep::kProx;
-    const uint32_t blocks =
-        plan.fill(parameter, table, number(scale, reader), static_cast<uint32_t>(most), totals);
+    const uint32_t blocks = plan.fill(parameter, table, number(scale, reader),
+                                      static_cast<uint32_t>(most), has_totals(sweep));
     parameter.out = reinterpret_cast<double*>(target.out);
     parameter.done = reinterpret_cast<uint32_t*>(target.scratch);
     parameter.partials = reinterpret_cast<double*>(target.scratch + kCounterBytes);
@@ -298,7 +298,7 @@ PYBIND11_MODULE(PYREG_MODULE, m) {
                     int>(),
            py::arg("tensors"), py::arg("rule_of"), py::arg("penalties"), py::arg("device"))
       .def_property_readonly("by_value", &Layout::by_value)
-      .def("scratch_bytes", &Layout::scratch_bytes, py::arg("stats"))
+      .def("scratch_bytes", &Layout::scratch_bytes)
       .def("value", &Layout::value, py::arg("tensors"), py::arg("strengths"), py::arg("target"))
       .def("gradient", &Layout::gradient, py::arg("tensors"), py::arg("grads"),
            py::arg("strengths"), py::arg("scale"), py::arg("target"))

@@ -46,8 +46,9 @@ template <Sweep S>
 constexpr bool kReadsBeside = S == Sweep::kAccumulate || S == Sweep::kProxInMetric;
 template <Sweep S>
 constexpr bool kWritesTensor = S == Sweep::kProx || S == Sweep::kProxInMetric;
+constexpr bool has_totals(Sweep s) { return s != Sweep::kGradient && s != Sweep::kProx; }
 template <Sweep S>
-constexpr bool kHasTotals = S != Sweep::kGradient && S != Sweep::kProx;
+constexpr bool kHasTotals = has_totals(S);
 // Numbers in a partial: the sums of a rule, after a step its zeros too; or what `stats` tells of a
 // row.
 template <Sweep S>

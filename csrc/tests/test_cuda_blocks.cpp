@@ -168,7 +168,7 @@ void test_same_bits_as_the_cpu() {
     for (int s = 0; s < static_cast<int>(Sweep::kStep); ++s) {
       const Sweep sweep = static_cast<Sweep>(s);
       const bool stats = sweep == Sweep::kStats, in_metric = sweep == Sweep::kProxInMetric,
-                 totals = sweep != Sweep::kGradient && sweep != Sweep::kProx;
+                 totals = cuda::has_totals(sweep);
       const auto written = [&](Rows& of) {
         auto all = of.pointers();
         if ((in_metric || sweep == Sweep::kProx) && left_out < all.size()) all[left_out] = nullptr;

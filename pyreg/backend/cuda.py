@@ -164,14 +164,14 @@ class _State:
         self.wide = any(dtype == torch.float64 for dtype, *_ in pack.geometry)
         self._device = device
         self._tables: dict[str, _Table] = {}  # by sweep
-        self._scratch: dict[tuple[int, bool], Tensor] = {}
+        self._scratch: dict[int, Tensor] = {}
         self._numbers: Tensor | None = None
         self._sets: Tensor | None = None
         self._rows = len(tensors)
 
     def target(self, sweep: str, out: Tensor | None = None) -> Any:
         queue = _current(self._device)
-        scratch = self._scratch_of(queue, sweep == "stats")
+        scratch = self._scratch_of(queue)
         if (table := self._tables.get(sweep)) is None:
             table = self._tables[sweep] = _Table(self._device)
         return load().Target(
@@ -223,18 +223,15 @@ class _State:
         with torch.no_grad():
             return _kept(self._sets, queue).copy_(numbers.reshape(-1), non_blocking=True)
 
-    def _scratch_of(self, queue: _Queue, stats: bool) -> Tensor:
+    def _scratch_of(self, queue: _Queue) -> Tensor:
         """A zeroed counter and partials: one for each stream, one for captured graphs."""
-        if (queue.key, stats) not in self._scratch:
+        if queue.key not in self._scratch:
             if queue.capturing:
                 raise _warm_up("there is no scratch memory yet")
-            size = self.layout.scratch_bytes(stats)
-            for key in (queue.key, -1):
-                if (key, stats) not in self._scratch:
-                    self._scratch[key, stats] = torch.zeros(
-                        size, dtype=torch.uint8, device=self._device
-                    )
-        return _kept(self._scratch[queue.key, stats], queue)
+            size = self.layout.scratch_bytes()
+            for key in {queue.key, -1} - self._scratch.keys():
+                self._scratch[key] = torch.zeros(size, dtype=torch.uint8, device=self._device)
+        return _kept(self._scratch[queue.key], queue)
 
 
 class CudaBackend:
