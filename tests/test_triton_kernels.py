@@ -178,7 +178,7 @@ def test_bits_do_not_depend_on_the_grid(monkeypatch, partials):
     layout = Layout(w, rule_of, penalties)
     seen = set()
     for programs in (1, 7, 64, 7):
-        monkeypatch.setattr(launch, "programs", lambda *of, n=programs: min(n, of[-1].slots))
+        monkeypatch.setattr(launch, "share_of", lambda *of, n=programs: -(-of[-1].slots // n))
         value, sums = layout.value(at(w), strengths)
         seen.add((value.item(), *sums.flatten().tolist(), *layout.stats(at(w)).flatten().tolist()))
     assert len(seen) == 1

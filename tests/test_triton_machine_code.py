@@ -77,7 +77,7 @@ def compile_all(target):
             types |= dict.fromkeys(("out", "value", "partials"), "*fp64") | {"counters": "*i32"}
         facts[f"{sweep} {dtype} {penalty} {anchors}"] = compile_one(
             target, launch.REGISTERS[sweep][heavy], sweeps.sweep, types, constants
-        )
+        ) | {"stages": stages}
     for name, (dtype, states, options, _) in STEPS.items():
         kind = launch.StepKind(
             getattr(torch, dtype), getattr(torch, states), "adam", "elastic_net", **options
@@ -108,7 +108,7 @@ def compile_one(target, registers, kernel, types, constants):
 
     backend, architecture, warp = TARGETS[target]
     types = dict.fromkeys(kernel.arg_names, "*i64") | types
-    types |= dict.fromkeys(("slots", "run", "n_rows", "n_groups"), "i32")
+    types |= dict.fromkeys(("slots", "share", "run", "n_rows", "n_groups"), "i32")
     types |= dict.fromkeys(constants, "constexpr")
     options = {"num_warps": launch.THREADS // warp}
     if backend == "cuda":
@@ -119,8 +119,7 @@ def compile_one(target, registers, kernel, types, constants):
         options=options,
     )
     read = cuda_facts if backend == "cuda" else hip_facts
-    spills = 4 if target == "sm_100" else 0
-    return read(compiled.asm) | {"registers_given": registers, "may_spill": spills}
+    return read(compiled.asm) | {"registers_given": registers}
 
 
 def cuda_facts(asm):
@@ -204,10 +203,11 @@ def test_steps_of_adam_with_elastic_net(facts, name, mode):
 
 def check(got, moves, spills=0):
     loads, stores = moves
+    loads *= got.get("stages", 1)  # in the loop, and as often before it as it is ahead
     assert got["loads"] >= loads, got
     assert got["stores"] >= stores, got
     assert got.get("kept", loads) >= loads, got
-    assert got["spills"] <= max(spills, got["may_spill"]), got
+    assert got["spills"] <= spills, got
     assert got["local"] == 0 or got["spills"] > 0, got
     assert got.get("registers", 0) <= got["registers_given"], got
 

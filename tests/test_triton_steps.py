@@ -153,7 +153,7 @@ def test_bits_do_not_depend_on_the_grid(monkeypatch, prox, partials):
     first.more["keys"] = list(range(len(first.tensors)))
     results = []
     for programs in (1, 7, 64):
-        monkeypatch.setattr(launch, "programs", lambda *of, n=programs: min(n, of[-1].slots))
+        monkeypatch.setattr(launch, "share_of", lambda *of, n=programs: -(-of[-1].slots // n))
         ours = first.copy()
         results.append([*ours.take(), *ours.all()])
     for other in results[1:]:

@@ -32,13 +32,12 @@ PARTIALS = 16384  # numbers aimed at: 128 KiB; many groups take at most twice th
 SHARE = 64  # chunks of a program at most, or one slot, where all multiprocessors have some
 # Registers of a thread on NVIDIA, for light kernels and for heavy ones, at which no sweep spills
 # but LogSum's of float64, anchored proxes of float64, and steps of float64 or, a few, with three
-# states; on sm_100 some spill one or two. They say how many programs a multiprocessor (65,536
-# registers) runs at a time.
+# states. They say how many programs a multiprocessor (65,536 registers) runs at a time.
 REGISTERS = {
     "value": (80, 96),
     "gradient": (64, 64),
     "prox": (80, 128),
-    "accumulate": (80, 128),
+    "accumulate": (88, 128),
     "prox_in_metric": (128, 160),
     "stats": (80, 80),
     "step": (128, 128),
@@ -246,7 +245,8 @@ class Plan:
         kernel, which = sweeps.sweep, {"SWEEP": sweep, "STAGES": stages(sweep, self._heavy)}
         if sweep == "step":
             kernel, which = steps.step, {}
-        kernel[(programs(self._device, sweep, self._heavy, cut),)](
+        share = share_of(self._device, sweep, self._heavy, cut)
+        kernel[(-(-cut.slots // share),)](
             **operands,
             rows=rows,
             groups=groups,
@@ -255,6 +255,7 @@ class Plan:
             partials=partials,
             counters=counters,
             slots=cut.slots,
+            share=share,
             run=cut.run,
             n_rows=cut.n_rows,
             n_groups=cut.n_groups,
@@ -348,16 +349,15 @@ def stages(sweep: str, heavy: bool) -> int:
     return 1 if heavy or torch.version.hip else STAGES.get(sweep, 1)
 
 
-def programs(device: torch.device, sweep: str, heavy: bool, cut: Cut) -> int:
-    """The size of the grid, on which results do not depend.
+def share_of(device: torch.device, sweep: str, heavy: bool, cut: Cut) -> int:
+    """The slots of a program, on which results do not depend.
 
     Programs begin in the order of memory. Their shares are short, so that what runs at a time lies
     close together, which makes memory faster; and not so short that beginning is what they do.
     """
     if device.type == "cpu":
-        return min(cut.slots, 4)
-    each = min(max(1, SHARE // cut.run), -(-cut.slots // _at_a_time(device, sweep, heavy)))
-    return -(-cut.slots // each)
+        return max(1, -(-cut.slots // 4))
+    return max(1, min(SHARE // cut.run, -(-cut.slots // _at_a_time(device, sweep, heavy))))
 
 
 @cache

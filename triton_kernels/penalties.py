@@ -80,11 +80,10 @@ def at_least(a, limit):
 
 @triton.jit
 def quotient(x, y):
-    """x / y, y >= 0, where x is 0 for many elements, which a GPU divides in a long way: the bits
+    """x / y, y >= 1, where x is 0 for many elements, which a GPU divides in a long way: the bits
     are the division's."""
-    spared = (x == 0) & (y > 0)
-    q = divide(tl.where(spared, 1, x), y)
-    return tl.where(spared, at_most(q, 1) * x, q)
+    q = divide(tl.where(x == 0, 1, x), y)
+    return tl.where(x == 0, q * x, q)
 
 
 @triton.jit

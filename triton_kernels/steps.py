@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .penalties import at_least, divide, quotient
+from .penalties import at_least, divide
 from .totals import finish, place_of
 from .walk import (
     CHUNK,
@@ -186,7 +186,7 @@ def _visit(
         if WITH == "prox" and ELEMENTARY and RATIO:
             new = _moved_and_shrunk(x, move, at_least(q, smallest), by, l1, l2)
         else:
-            new = x - quotient(move, q) if RATIO else x - move
+            new = x - divide(move, q) if RATIO else x - move
         if WITH == "prox" and ELEMENTARY and not RATIO:
             new = _shrunk(new, at_least(q, smallest), by, l1, l2)
         if WITH == "prox" and not ELEMENTARY:
@@ -363,7 +363,7 @@ def _row_part(
 
 
 @triton.jit(
-    do_not_specialize=["slots", "run", "n_rows", "n_groups", "n_tensors"],
+    do_not_specialize=["slots", "share", "run", "n_rows", "n_groups", "n_tensors"],
     # A scalar may lie anywhere: its alignment must not compile the kernel anew.
     do_not_specialize_on_alignment=[
         "places",
@@ -398,6 +398,7 @@ def step(
     partials,  # float64 [slots of groups that have several, TOTALS]
     counters,  # int32 [n_groups + 1] slots done of each group, groups done; 0 between launches
     slots,
+    share,  # slots of a program
     run,
     n_rows,
     n_groups,
@@ -426,10 +427,8 @@ def step(
 
     Each program takes a contiguous share of the slots: one binary search, then increments.
     """
-    program = tl.program_id(0).to(tl.int64)
-    programs = tl.num_programs(0)
-    begin = (program * slots // programs).to(tl.int32)
-    end = ((program + 1) * slots // programs).to(tl.int32)
+    begin = tl.program_id(0) * share
+    end = tl.minimum(begin + share, slots)
     row = find_row(rows, n_rows, begin * run)
     group = tl.load(rows + row * ROW + GROUP).to(tl.int32)
     for slot in range(begin, end):

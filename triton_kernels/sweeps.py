@@ -320,7 +320,7 @@ def _row_part(
 
 
 @triton.jit(
-    do_not_specialize=["slots", "run", "n_rows", "n_groups"],
+    do_not_specialize=["slots", "share", "run", "n_rows", "n_groups"],
     # A scalar may lie anywhere: its alignment must not compile the kernel anew.
     do_not_specialize_on_alignment=[
         "tensors",
@@ -349,6 +349,7 @@ def sweep(
     partials,  # float64 [slots of groups that have several, COLUMNS]
     counters,  # int32 [n_groups + 1] slots done of each group, groups done; 0 between launches
     slots,
+    share,  # slots of a program
     run,
     n_rows,
     n_groups,
@@ -374,10 +375,8 @@ def sweep(
     Each program takes a contiguous share of the slots: one binary search, then increments.
     """
     TOTALS: tl.constexpr = SWEEP != "gradient" and SWEEP != "prox"
-    program = tl.program_id(0).to(tl.int64)
-    programs = tl.num_programs(0)
-    begin = (program * slots // programs).to(tl.int32)
-    end = ((program + 1) * slots // programs).to(tl.int32)
+    begin = tl.program_id(0) * share
+    end = tl.minimum(begin + share, slots)
     row = find_row(rows, n_rows, begin * run)
     group = tl.load(rows + row * ROW + GROUP).to(tl.int32)
     for slot in range(begin, end):
