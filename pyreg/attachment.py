@@ -256,21 +256,21 @@ def metric_of_rows(
     skipped = getattr(optimizer, "found_inf", None)
     if skipped is not None and skipped.device.type == "cpu":
         moved, skipped = (set() if skipped.item() else moved), None
-    groups, numbers, taken = {}, {}, {}
+    groups, together, taken = {}, {}, {}
     for group in optimizer.param_groups:
         with_rate = {**group, "lr": _rate(coupling, group)}
         groups |= {id(p): with_rate for p in group["params"]}
-        numbers |= _numbers_together(optimizer.state, with_rate, read)
 
     def metric(p: Tensor) -> Metric | None:
         group, state = groups.get(id(p)), optimizer.state.get(p)
         if group is None or (p.grad is None if moved is None else id(p) not in moved):
             return None
-        if id(p) in numbers:
-            key, found = numbers[id(p)]
-            found = found._replace(moment=state[key])
-        else:
-            found = read(group, state)
+        found, step = None, None if read is identity else (state or {}).get("step")
+        if isinstance(step, Tensor) and waits(step):
+            if id(group) not in together:
+                together[id(group)] = _read_together(read, group, optimizer.state)
+            found = together[id(group)].get(id(p))
+        found = found or read(group, state)
         if skipped is None:
             return found
         # Without waiting for the device: a step of 0 changes nothing.
@@ -281,37 +281,33 @@ def metric_of_rows(
     return metric
 
 
-def _numbers_together(
-    state: Mapping[Tensor, dict[str, Any]],
-    group: dict[str, Any],
+def _read_together(
     read: Callable[[dict[str, Any], dict[str, Any]], Metric],
-) -> dict[int, tuple[str, Metric]]:
-    """{id: its moment's name in the state, the rest of its metric} of those parameters of a param
-    group whose counts of steps are on a GPU: all of a device in a few operations, where one by one
-    they would be some launches each."""
+    group: dict[str, Any],
+    state: Mapping[Tensor, dict[str, Any]],
+) -> dict[int, Metric]:
+    """{id: metric} of those parameters of a param group whose counts of steps are on a GPU: all of
+    a device in a few operations, where one by one they would be some launches each."""
     on: dict[torch.device, list[Tensor]] = {}
     for p in group["params"]:
-        own = state.get(p)
-        step = own.get("step") if isinstance(own, Mapping) else None
-        if isinstance(step, Tensor) and waits(step):
+        if isinstance(step := state.get(p, {}).get("step"), Tensor) and waits(step):
             on.setdefault(step.device, []).append(p)
-    found: dict[int, tuple[str, Metric]] = {}
-    for params in on.values() if read is not identity else ():
-        first = state[params[0]]
-        steps = torch.stack([state[p]["step"].detach().reshape(()) for p in params]).double()
+    found: dict[int, Metric] = {}
+    for params in on.values():
+        first, *_ = own = [state[p] for p in params]
+        steps = torch.stack([s["step"].detach().reshape(()) for s in own]).double()
         try:
-            together = read(group, {**first, "step": steps})
-        except KeyError:  # which whoever asks for it hears of, with its name
-            continue
-        key = next((k for k, x in first.items() if x is together.moment), None)
-        if key is None or together.moment is None:  # it is made anew for each, or there is none
-            continue
+            metric = read(group, {**first, "step": steps})
+            key = next((k for k, x in first.items() if x is metric.moment), None)
+            moments = [s[key] for s in own]
+        except KeyError:  # a state lacks something, which whoever asks for that one hears of; or
+            continue  # the moment is made anew for each
         columns = [
             x.expand(len(params)).unbind() if isinstance(x, Tensor) and x.ndim == 1 else repeat(x)
-            for x in together[1:4]
+            for x in (metric.numerator, metric.factor, metric.offset)
         ]
-        for p, *numbers in zip(params, *columns, strict=False):
-            found[id(p)] = key, Metric(None, *numbers, together.root)
+        rows = zip(params, moments, *columns, strict=False)
+        found |= {id(p): Metric(*numbers, metric.root) for p, *numbers in rows}
     return found
 
 

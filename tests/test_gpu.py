@@ -232,6 +232,23 @@ def test_a_captured_step_reads_new_numbers(place):
     assert torch.equal(flat(tensors), before / 2)
 
 
+def test_a_division_of_what_is_not_ordinary(place):
+    """0 of either sign, which is not divided; and what divides in its own way."""
+    w = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 2**-149, -(2**-127), 3.0])
+    expected, there = w / 1.5, w.to(on(place), copy=True)
+    place.sweeps([there], [pyreg.L2(0.5)]).prox(0.5)
+    assert oracle.same(there.cpu(), expected)
+    assert torch.equal(there.cpu().signbit()[:4], expected.signbit()[:4])
+
+
+def test_nothing_over_nothing_in_a_step(place):
+    """eps = 0 and a gradient of 0: NaN, as of torch's Adam."""
+    p = nn.Parameter(torch.ones(3, device=on(place)))
+    p.grad = torch.tensor([0.0, 1.0, -1.0], device=on(place))
+    pyreg.optim.Adam([p], lr=0.1, eps=0.0).step()
+    assert p.isnan().tolist() == [True, False, False]
+
+
 def test_counters_on_the_device(place):
     if place.device == "cpu":
         pytest.skip("cannot be rehearsed on the CPU")
@@ -280,7 +297,7 @@ def test_the_same_bits_for_any_grid(place, monkeypatch):
 
     first = None
     for programs in size(place, (1, 7, 64, 1000), (1, 3)):
-        monkeypatch.setattr(launch, "programs", lambda *of, n=programs: min(n, of[-1].slots))
+        monkeypatch.setattr(launch, "share_of", lambda *of, n=programs: -(-of[-1].slots // n))
         tensors, rules, rule_of = everything(place)
         tensors.append(fill((size(place, 3_000_000, 5000),), torch.float32, place.device, "grid"))
         results = place.sweeps(tensors, rules, [*rule_of, 0]).everything()

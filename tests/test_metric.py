@@ -7,9 +7,12 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyreg
-from pyreg import metric
+from pyreg import attachment, metric
+from pyreg.attachment import metric_of_rows
+from pyreg.metric import METRICS
 
 
 def test_a_gain():
@@ -61,3 +64,71 @@ def test_a_moment_that_cannot_be():
             metric.check_moment(metric.Metric(moment, 1.0), w, "fc.weight")
     metric.check_moment(metric.Metric(w.half(), 1.0), w, "fc.weight")
     metric.check_moment(metric.Metric(None, 1.0), w, "fc.weight")
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        ("Adam", {"lr": torch.tensor([1e-3]), "fused": True}),
+        ("RAdam", {"betas": (0.9, 0.6)}),
+        ("RMSprop", {"centered": True}),
+    ],
+)
+def test_counts_on_a_gpu_beside_odd_numbers(cls, options, monkeypatch):
+    """A rate in a tensor of one element, a rectifier without a bound, a moment made anew."""
+    params = [nn.Parameter(torch.randn(3)) for _ in range(3)]
+    optimizer = getattr(torch.optim, cls)(params, **options)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for module in (attachment, metric):
+        monkeypatch.setattr(module, "waits", lambda x: True)
+    of = metric_of_rows(optimizer, METRICS[type(optimizer)])
+    for m in map(of, params):
+        steps = m.numerator / (m.factor * m.moment.sqrt() + m.offset)
+        assert steps.shape == (3,)
+        assert (steps > 0).all()
+
+
+@pytest.mark.parametrize("cls", ["Adam", "AdamW", "NAdam", "RAdam", "Adagrad"])
+def test_counts_on_a_gpu_are_read_together(cls, monkeypatch):
+    """As many operations for many parameters as for two, and each its own numbers."""
+    cls = getattr(torch.optim, cls)
+    params = [nn.Parameter(torch.randn(3 + i)) for i in range(9)]
+    optimizer = cls(params, lr=0.1)
+    for k in range(8):
+        for i, p in enumerate(params):  # (the first ones take fewer steps)
+            p.grad = torch.randn_like(p) if k >= 8 - i else None
+        optimizer.step()
+    params[0].grad, moved = None, params[1:]
+    expected = [metric_of_rows(optimizer, METRICS[cls])(p) for p in params]
+
+    class Counted(TorchDispatchMode):
+        operations = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.operations += not any(
+                view in str(function) for view in ("unbind", "detach", "view")
+            )
+            return function(*args, **(kwargs or {}))
+
+    counts = []
+    for module in (attachment, metric):
+        monkeypatch.setattr(module, "waits", lambda x: True)
+    for some in (moved[:2], moved):
+        only = cls(some, lr=0.1)
+        only.state.update({p: optimizer.state[p] for p in some})
+        with Counted() as counted:
+            of = metric_of_rows(only, METRICS[cls])
+            found = [of(p) for p in some]
+        counts.append(counted.operations)
+    assert counts[0] == counts[1] > 0
+    assert expected[0] is None
+    for a, b in zip(expected[1:], found, strict=True):
+        assert b.root == a.root
+        moment = torch.zeros(()) if a.moment is None else a.moment
+        root = b.moment.sqrt() if b.root else b.moment
+        steps = b.numerator / (b.factor * root + b.offset)
+        own = a.numerator / (a.factor * (moment.sqrt() if a.root else moment) + a.offset)
+        own = torch.as_tensor(a.numerator if a.moment is None else own)
+        torch.testing.assert_close(steps, own.expand_as(root).to(steps.dtype), rtol=1e-5, atol=0)
