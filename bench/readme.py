@@ -97,6 +97,22 @@ def optimizers(rows: Sequence[Line]) -> str:
     )
 
 
+def gpu_optimizers(rows: Sequence[Line]) -> str:
+    """The same on a GPU, beside what is attached."""
+    known = {(r["workload"], r["way"]): float(r["over_limit"]) for r in rows}
+    titles = {"gpt2-xl": "GPT-2 XL in float32", "gpt2-bf16": "GPT-2 small in bfloat16"}
+    titles["many"] = "2,000 x 1,000"
+    both = [
+        f"{known[w, 'pyreg, grad, native']:.2f} x inside and "
+        f"{known[w, 'torch fused + attach, grad']:.2f} x attached on {title}"
+        for w, title in titles.items()
+    ]
+    return (
+        f"On an {rows[0]['gpu'].partition(',')[0]} the penalty's gradient takes {', '.join(both)}: "
+        "there small models wait for the host, and `attach` is the better way."
+    )
+
+
 def targets(data: Mapping[str, Any]) -> str:
     """Every target of the benchmark, with its verdict, and what it holds for."""
     said = {True: "yes", False: "**no**", None: "-"}
@@ -214,6 +230,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "penalties": lambda: multiples(_sweeps("penalties"), "penalty", "sweep"),
     "steps_zen3": lambda: multiples(csv_rows("optim-zen3"), "way", "workload"),
     "penalties_zen3": lambda: multiples(_sweeps("penalties-zen3"), "penalty", "sweep"),
+    "gpu_optimizers": lambda: gpu_optimizers(csv_rows("optim-h200")),
     "gpu_summary": lambda: gpu_summary(load(RESULTS / "h200.json")),
     "gpu": lambda: on_gpu(load(RESULTS / "h200.json")),
     "gpu_targets": lambda: targets(json.loads((RESULTS / "h200.json").read_text())),

@@ -212,12 +212,9 @@ def tests(check: Check, python: list[str]) -> None:
     pytest = [*python, "-m", "pytest", "--import-mode=importlib", "-p", "no:cacheprovider", "-rs"]
     commands = [[*pytest, f"--junitxml={check.out}/tests.xml", "tests/test_gpu.py"]]
     if not check.dry:  # in the dry run `make test` has run the others
-        several = (
-            ["-n", str(max(2, (os.cpu_count() or 4) - 4))]
-            if importlib.util.find_spec("xdist")
-            else []
-        )
-        sweeps = ["tests/test_sweeps.py", "-m", "gpu", *several]
+        sweeps = ["tests/test_sweeps.py", "-m", "gpu"]
+        if importlib.util.find_spec("xdist"):
+            sweeps += ["-n", "auto"]
         commands.append([*pytest, f"--junitxml={check.out}/sweeps.xml", *sweeps])
     summaries = check.run("tests", 110, *commands)
     step = check.steps[-1]
