@@ -174,7 +174,8 @@ class _Value(torch.autograd.Function):
             raise RuntimeError(_replaced(call, rows)) from None
         grad_strengths = None
         if ctx.needs_input_grad[1]:
-            sums = torch.as_tensor(ctx.sums, dtype=torch.float64, device=strengths.device)
+            sums = ctx.sums() if callable(ctx.sums) else ctx.sums
+            sums = torch.as_tensor(sums, dtype=torch.float64, device=strengths.device)
             grad_strengths = grad_output * sums[:, : strengths.shape[1]]
         return None, grad_strengths, None, *grads
 

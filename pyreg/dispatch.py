@@ -65,7 +65,8 @@ def requested() -> str:
     name = requested_backend.get()
     if name is not None:
         return name
-    return _known(os.environ.get("PYREG_BACKEND") or "auto", "PYREG_BACKEND")
+    name = os.environ.get("PYREG_BACKEND")
+    return _known(name, "PYREG_BACKEND") if name else "auto"
 
 
 def require_formulas(where: str) -> None:
@@ -101,22 +102,30 @@ class Choice(NamedTuple):
 
 
 def choose(pack: Pack) -> Choice:
-    """The backend for a pack.
+    """The backend for a pack. One that can serve it is remembered, and asked no more, if those
+    before it are missing: one that refused may come to serve (see cuda.py's `unserved`).
 
     Raises:
         BackendError: one was asked for by name and cannot serve.
     """
     name = requested()
+    if (known := pack.choices.get(name)) is not None:
+        return known
     if name != "auto":
         b = backend(name, pack.device.type)
         if (why := b.missing() or b.refuses(pack, by_name=True)) is not None:
             raise BackendError(f"backend {name!r} cannot serve: {why}")
-        return Choice(b, "asked for by name")
-    passed = []
+        return pack.choices.setdefault(name, Choice(b, "asked for by name"))
+    passed, for_good = [], True
     for name in _CLASSES:
         b = backend(name, pack.device.type)
-        if (why := b.missing() or b.refuses(pack)) is None:
-            return Choice(b, "; ".join(passed))
+        missing = b.missing()
+        if (why := missing or b.refuses(pack)) is None:
+            choice = Choice(b, "; ".join(passed))
+            if for_good:
+                pack.choices["auto"] = choice
+            return choice
+        for_good &= missing is not None
         passed.append(f"{name}: {why}")
     raise AssertionError("the torch backend refuses nothing")
 

@@ -316,6 +316,7 @@ class Pack:
     anchors: list[Pair] | None = None  # [rows] held; None if no row has any
     anchor_dtypes: list[tuple[torch.dtype | None, ...]] = field(default_factory=list)
     layouts: dict[str, Any] = field(default_factory=dict)  # what each backend keeps for the pack
+    choices: dict[str, Any] = field(default_factory=dict)  # what `dispatch.choose` remembers
 
     def take(self, items: Sequence[Any]) -> list[Any]:
         """This pack's part of a list that runs beside the tensors."""
@@ -463,7 +464,7 @@ class Packs:
     ) -> Any:
         """sweep(packs), and once more with fresh packs if it raises StaleLayout."""
         try:
-            return sweep(self.current(tensors, label))
+            return sweep(self._packs or self.current(tensors, label))
         except StaleLayout:
             self._packs = None
             return sweep(self.current(tensors, label))

@@ -85,8 +85,10 @@ def _as_float(name: str, x: Real) -> float:
 def check_strengths(rules: Sequence[Penalty]) -> None:
     """Raise if a strength is bad by now: a tensor may have changed since its penalty was made."""
     for rule in rules:
+        if rule.numbers is not None:
+            continue
         for name, s in zip(rule.parameters, rule.strengths, strict=True):
-            if type(s) is not float and isinstance(s, Tensor):
+            if isinstance(s, Tensor):
                 rule._check(name, s)
 
 
@@ -101,11 +103,11 @@ def check_differentiable(
 
     `added`: or that of a tensor with a `.grad`, to which it would be added. `created`: of any.
     """
-    without = {r for r, rule in enumerate(rules) if reference.FORMULAS[rule.name].grad is None}
-    if not without:
+    with_one = [reference.FORMULAS[rule.name].grad is not None for rule in rules]
+    if all(with_one):
         return
     for r, t in zip(rule_of, tensors, strict=True):
-        if r in without and (t.requires_grad or created or (added and t.grad is not None)):
+        if not with_one[r] and (t.requires_grad or created or (added and t.grad is not None)):
             raise _no_gradient(rules[r])
 
 
@@ -165,6 +167,7 @@ class Penalty:
     name: ClassVar[str]
     parameters: ClassVar[tuple[str, ...]]  # the names of its strengths, then of its shapes
     above: ClassVar[Mapping[str, float]]  # what each shape must exceed
+    numbers: ClassVar[tuple[float, ...] | None] = None  # its strengths, if all are plain numbers
 
     def __init_subclass__(cls, above: Mapping[str, float] = MappingProxyType({})) -> None:
         PENALTIES[cls.name] = cls
@@ -174,6 +177,9 @@ class Penalty:
     def __post_init__(self) -> None:
         for name in self.parameters:
             object.__setattr__(self, name, self._check(name, getattr(self, name)))
+        fields = tuple([getattr(self, name) for name in self.parameters])
+        if all(type(s) is float for s in fields):
+            object.__setattr__(self, "numbers", fields)
         for name in ("anchor", "weight"):
             beside = getattr(self, name)
             if not (beside is None or isinstance(beside, Tensor | Mapping)):
@@ -190,6 +196,8 @@ class Penalty:
     @property
     def strengths(self) -> tuple[Strength, ...]:
         """The fields, in order. Raises TypeError if one is a schedule."""
+        if self.numbers is not None:
+            return self.numbers
         fields = tuple([getattr(self, name) for name in self.parameters])
         for name, s in zip(self.parameters, fields, strict=True):
             if type(s) is not float and callable(s) and not isinstance(s, Tensor):
@@ -205,6 +213,8 @@ class Penalty:
         Raises:
             ValueError, TypeError: a schedule returns what cannot be a strength.
         """
+        if self.numbers is not None:
+            return self
         numbers = {}
         for name in self.parameters:
             s = getattr(self, name)

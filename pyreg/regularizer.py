@@ -333,7 +333,7 @@ class Regularizer:
     @property
     def _penalties(self) -> tuple[Penalty, ...]:
         """The rules' penalties with their strengths now."""
-        return tuple(rule.at(self.step) for rule in self.rules.values())
+        return tuple([rule.at(self.step) for rule in self.rules.values()])
 
     def trainable(self) -> list[tuple[str, Tensor]]:
         """(name, parameter) of what is penalised now: covered, and not frozen."""
@@ -342,11 +342,8 @@ class Regularizer:
 
     def check_differentiable(self) -> None:
         """Raise RuntimeError if a parameter is penalised now by what has no gradient (L0)."""
-        self._check_differentiable(self._active())
-
-    def _check_differentiable(self, group: _Group, created: bool = False) -> None:
-        rules = tuple(self.rules.values())
-        check_differentiable(rules, group.packs.rule_of, group.tensors, True, created)
+        group, rules = self._active(), tuple(self.rules.values())
+        check_differentiable(rules, group.packs.rule_of, group.tensors, True)
 
     def check_strengths(self) -> None:
         """Raise ValueError or TypeError if a strength is bad by now: a schedule's, or a tensor."""
@@ -375,14 +372,15 @@ class Regularizer:
         if not group.tensors:
             self._last = sweeps.Value(self._zero(), [[0.0] * len(self.rules)])
             return self._last.total, 1
-        self._check_differentiable(group, create_grads)
+        rules = self._penalties
+        check_differentiable(rules, group.packs.rule_of, group.tensors, True, create_grads)
         if create_grads:
             check_gradients([t.grad for t in group.tensors], group.tensors, group.label)
             for t in group.tensors:
                 if t.grad is None:
                     t.grad = torch.zeros_like(t)
         self._last, present = sweeps.accumulate(
-            group.packs, group.tensors, self._penalties, scale, group.label
+            group.packs, group.tensors, rules, scale, group.label
         )
         return self._last.total, present
 

@@ -29,7 +29,7 @@ def _prepare(
     all be checked before the first one writes.
     """
     chosen = [(pack, choose(pack).backend, pack.take(tensors)) for pack in packs]
-    if len(chosen) > 1 or any(backend.name == "torch" for _, backend, _ in chosen):
+    if len(chosen) > 1 or (chosen and chosen[0][1].name == "torch"):
         for pack, backend, rows in chosen:
             backend.check(pack, rows)
         if check_gradients is not None:
@@ -47,23 +47,19 @@ def add_values(values: Sequence[Tensor | float], dtype: torch.dtype) -> Tensor:
         total = torch.scalar_tensor(total, dtype=of, device="cpu")
     for value in values[1:]:
         total = total.double() + (value.to(total.device) if isinstance(value, Tensor) else value)
-    return total.to(dtype)
+    return total if total.dtype == dtype else total.to(dtype)
 
 
 class Value(NamedTuple):
     """What a sweep found Omega to be."""
 
     total: Tensor
-    parts: list[Tensor | list[float]]  # of each pack: [rules] each rule's
-
-    @classmethod
-    def of(cls, packs: Sequence[Sequence[Any]], dtype: torch.dtype) -> Value:
-        """From each pack's (value, of_rules)."""
-        return cls(add_values([value for value, _ in packs], dtype), [part for _, part in packs])
+    parts: list[Any]  # of each pack: [rules] each rule's, numbers or a tensor or what gives it
 
     def of_rules(self) -> list[Tensor]:
         """Each rule's, like the total."""
-        first, *others = (torch.as_tensor(part, dtype=torch.float64) for part in self.parts)
+        parts = (part() if callable(part) else part for part in self.parts)
+        first, *others = (torch.as_tensor(part, dtype=torch.float64) for part in parts)
         for part in others:
             first = first + part.to(first.device)
         return list(first.to(self.total.device, self.total.dtype))
@@ -100,10 +96,13 @@ def accumulate(
         check_gradients([t.grad for t in tensors], tensors, label)
 
     def sweep(current: list[Pack]) -> tuple[Value, int]:
-        chosen = _prepare(current, tensors, check)
-        done = [backend.accumulate(pack, rows, rules, scale) for pack, backend, rows in chosen]
-        value = Value.of([pack_value for *pack_value, _ in done], packs.value_dtype)
-        return value, sum(present for *_, present in done)
+        values, parts, present = [], [], 0
+        for pack, backend, rows in _prepare(current, tensors, check):
+            value, of_rules, there = backend.accumulate(pack, rows, rules, scale)
+            values.append(value)
+            parts.append(of_rules)
+            present += there
+        return Value(add_values(values, packs.value_dtype), parts), present
 
     try:
         return packs.run(sweep, tensors, label)
@@ -155,13 +154,12 @@ def prox_in_metric(
             if pack.irregular is not None:
                 for i, t in zip(pack.rows, rows, strict=True):
                     check_writable(t, label(i))
-        return Value.of(
-            [
-                backend.prox_in_metric(pack, rows, pack.take(metrics), rules)
-                for pack, backend, rows in chosen
-            ],
-            packs.value_dtype,
-        )
+        done = [
+            backend.prox_in_metric(pack, rows, pack.take(metrics), rules)
+            for pack, backend, rows in chosen
+        ]
+        values, parts = map(list, zip(*done, strict=True))
+        return Value(add_values(values, packs.value_dtype), parts)
 
     return packs.run(sweep, tensors, label)
 

@@ -29,7 +29,7 @@ def as_if_captured(run: Callable[[], object]) -> Callable[[], object]:
     from pyreg.triton_kernels import launch, layout
 
     def capturing(device: torch.device) -> launch.Queue:
-        return launch.Queue(device, 0, True)
+        return launch.Queue(device, 0, True, launch.CAPTURED)
 
     def captured() -> None:
         before, layout.current = layout.current, capturing

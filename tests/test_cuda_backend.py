@@ -22,7 +22,7 @@ from pyreg.backend.torch import apply_prox_in_metric
 from pyreg.metric import Metric
 from pyreg.pack import Packs, label
 
-CAPTURING = cuda._Queue(torch.device("cpu"), 0, True)
+CAPTURING = cuda._Queue(torch.device("cpu"), 0, True, cuda._CAPTURED)
 
 
 def pack_of(tensors, rules, rule_of=None):
@@ -344,7 +344,7 @@ def test_streams_have_scratch_of_their_own(kernels, monkeypatch):
     tensors, rules = [torch.ones(2)], [pyreg.L1(1.0)]
     pack = pack_of(tensors, rules)
     for handle in (1, 2, 1):
-        queue = cuda._Queue(torch.device("cpu"), handle, False)
+        queue = cuda._Queue(torch.device("cpu"), handle, False, handle)
         monkeypatch.setattr(cuda, "_current", lambda device, queue=queue: queue)
         assert kernels.value(pack, tensors, rules)[0] == 2
     assert pack.layouts["native"]._scratch.keys() == {1, 2, -1}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -124,10 +124,7 @@ class Queue(NamedTuple):
     device: torch.device
     handle: int  # of the stream; 0 on the CPU
     capturing: bool
-
-    @property
-    def key(self) -> int:
-        return -1 if self.capturing else self.handle
+    key: int  # captured graphs share memory of their own, whatever their stream
 
     @property
     def stream(self) -> torch.cuda.Stream | None:
@@ -135,12 +132,16 @@ class Queue(NamedTuple):
         return None if self.device.type == "cpu" else torch.cuda.current_stream(self.device)
 
 
+CAPTURED = -1  # the key of a queue that is captured
+
+
 def current(device: torch.device) -> Queue:
     """(Where that is the current device.)"""
     if device.type == "cpu":
-        return Queue(device, 0, False)
+        return Queue(device, 0, False, 0)
     handle = torch._C._cuda_getCurrentRawStream(device.index)
-    return Queue(device, handle, torch.cuda.is_current_stream_capturing())
+    capturing = torch.cuda.is_current_stream_capturing()
+    return Queue(device, handle, capturing, CAPTURED if capturing else handle)
 
 
 def _warm_up(what: str) -> RuntimeError:
@@ -175,14 +176,14 @@ class Table:
             self._copied.record(stream)
 
     def on(self, queue: Queue) -> Tensor:
-        # A capture cannot wait for an event from outside; torch.cuda.graph synchronizes before it.
-        if not queue.capturing and queue.key not in self._ordered:
+        if queue.capturing:
+            # It cannot wait for an event from outside; torch.cuda.graph synchronizes before it.
+            keep_for_graphs(self._data)
+        elif queue.key not in self._ordered:
             if (stream := queue.stream) is not None:
                 stream.wait_event(self._copied)
                 self._data.record_stream(stream)
             self._ordered.add(queue.key)
-        if queue.capturing:
-            keep_for_graphs(self._data)
         return self._data
 
 
@@ -207,6 +208,14 @@ class Latest:
         return self._table.on(queue)
 
 
+class Ready(NamedTuple):
+    """A kernel that is compiled, and what does not change from launch to launch."""
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    fixed: dict[str, Any]  # arguments by name
+
+
 class Plan:
     """A cut, its tables and its scratch on one device. `constants` is what a kernel is compiled
     for, by penalties of these names, and totals have `columns` columns."""
@@ -221,6 +230,7 @@ class Plan:
         self._scratch: dict[int, tuple[Tensor, Tensor]] = {}
         self._heavy = is_heavy(names, constants)
         self._constants = constants
+        self._ready: dict[tuple, Ready] = {}
 
     def launch(
         self,
@@ -240,37 +250,43 @@ class Plan:
                 Table(torch.tensor(numbers, dtype=torch.int64), self._device, queue)
                 for numbers in (cut.rows, cut.groups)
             )
-        rows, groups = (table.on(queue) for table in self._tables)
-        partials, counters = (rows, rows) if out is None else self._scratch_of(queue)
-        kernel, which = sweeps.sweep, {"SWEEP": sweep, "STAGES": stages(sweep, self._heavy)}
-        if sweep == "step":
-            kernel, which = steps.step, {}
-        share = share_of(self._device, sweep, self._heavy, cut)
-        kernel[(-(-cut.slots // share),)](
-            **operands,
-            rows=rows,
-            groups=groups,
-            out=rows if out is None else out,
-            value=rows if value is None else value,
-            partials=partials,
-            counters=counters,
-            slots=cut.slots,
-            share=share,
-            run=cut.run,
-            n_rows=cut.n_rows,
-            n_groups=cut.n_groups,
-            **which,
-            **self._constants,
-            **options(self._device, sweep, self._heavy),
-        )
+        rows, groups = self._tables
+        arguments = {**operands, "rows": rows.on(queue), "groups": groups.on(queue)}
+        arguments["out"] = rows.on(queue) if out is None else out
+        arguments["value"] = arguments["out"] if value is None else value
+        scratch = (arguments["rows"],) * 2 if out is None else self._scratch_of(queue)
+        arguments["partials"], arguments["counters"] = scratch
+        kernel = steps.step if sweep == "step" else sweeps.sweep
+        # What Triton would compile it for, plans apart: their constants are one plan's.
+        kind = (sweep, *[getattr(x, "dtype", None) for x in arguments.values()])
+        if (ready := self._ready.get(kind)) is None:
+            share = share_of(self._device, sweep, self._heavy, cut)
+            grid = (-(-cut.slots // share), 1, 1)
+            fixed = {
+                "slots": cut.slots,
+                "share": share,
+                "run": cut.run,
+                "n_rows": cut.n_rows,
+                "n_groups": cut.n_groups,
+                **self._constants,
+            }
+            if sweep != "step":
+                fixed |= {"SWEEP": sweep, "STAGES": stages(sweep, self._heavy)}
+            made = options(self._device, sweep, self._heavy)
+            if (compiled := kernel[grid](**arguments, **fixed, **made)) is not None:
+                self._ready[kind] = Ready(compiled, grid, fixed)
+            return
+        # Triton's own way here looks at every argument for some 40 us.
+        arguments |= ready.fixed
+        given = [arguments[name] for name in kernel.arg_names]
+        ready.kernel[ready.grid](*given, stream=queue.handle)
 
     def _scratch_of(self, queue: Queue) -> tuple[Tensor, Tensor]:
         """Partials and zeroed counters: one pair for each stream, one for captured graphs."""
         if queue.key not in self._scratch:
             if queue.capturing:
                 raise _warm_up("there is no scratch memory yet")
-            capture = queue._replace(capturing=True)
-            for key in {queue.key, capture.key} - self._scratch.keys():
+            for key in {queue.key, CAPTURED} - self._scratch.keys():
                 self._scratch[key] = (
                     torch.empty(
                         max(1, self._cut.partials) * self._columns,

@@ -25,11 +25,11 @@ namespace py = pybind11;
 namespace pyreg::cuda {
 namespace {
 
-// Where a launch goes and what memory it has. `table` is called only when the tensors do not fit
+// Where launches go and what memory they have, results apart. `table` is called only when the tensors do not fit
 // into the launch: with bytes, which it copies to the device on the launch's stream; or with the
 // address of the last copy, when nothing has changed. It returns the address, valid on that stream.
 struct Target {
-  uintptr_t out, scratch, stream;
+  uintptr_t scratch, stream;
   py::function table;
 };
 
@@ -54,10 +54,12 @@ class Layout {
     return kCounterBytes + std::max(by_rule, by_row) * int64_t{sizeof(double)};
   }
 
-  void value(const py::list& tensors, const py::list& strengths, const Target& target) {
+  // `out`, here and below: the address of the results.
+  void value(const py::list& tensors, const py::list& strengths, uintptr_t out,
+             const Target& target) {
     TensorReader reader;
     show(Sweep::kValue, look_.tensors(tensors, reader), nullptr);
-    run(Sweep::kValue, strengths, {}, target, reader);
+    run(Sweep::kValue, strengths, {}, out, target, reader);
   }
 
   void gradient(const py::list& tensors, const py::list& grads, const py::list& strengths,
@@ -67,17 +69,17 @@ class Layout {
     if (!shown.others.empty())
       throw py::value_error("a gradient has other strides than its tensor");
     show(Sweep::kGradient, shown.w, &shown.g);
-    run(Sweep::kGradient, strengths, scale, target, reader);
+    run(Sweep::kGradient, strengths, scale, 0, target, reader);
   }
 
   // Adds to each tensor's .grad. Returns how many there are, and the rows left to the caller, which
   // are counted in the value.
   py::tuple accumulate(const py::list& tensors, const py::list& strengths, const py::object& scale,
-                       const Target& target) {
+                       uintptr_t out, const Target& target) {
     TensorReader reader;
     const Shown shown = look_.with_own_gradients(tensors, reader);
     show(Sweep::kAccumulate, shown.w, &shown.g);
-    run(Sweep::kAccumulate, strengths, scale, target, reader);
+    run(Sweep::kAccumulate, strengths, scale, out, target, reader);
     return py::make_tuple(shown.present, shown.others);
   }
 
@@ -87,7 +89,7 @@ class Layout {
     TensorReader reader;
     std::vector<int64_t> others;
     show(Sweep::kProx, look_.separate_tensors(tensors, reader, others), nullptr);
-    run(Sweep::kProx, strengths, step, target, reader);
+    run(Sweep::kProx, strengths, step, 0, target, reader);
     return others;
   }
 
@@ -96,7 +98,8 @@ class Layout {
   // the value.
   std::vector<int64_t> prox_in_metric(const py::list& tensors, const py::list& moments,
                                       const py::list& numbers, const std::vector<bool>& root,
-                                      const py::list& strengths, const Target& target) {
+                                      const py::list& strengths, uintptr_t out,
+                                      const Target& target) {
     const size_t rows = look_.rows().size();
     if (py::len(numbers) != 3 * rows || root.size() != rows)
       throw py::value_error("one metric per tensor");
@@ -113,7 +116,7 @@ class Layout {
       metrics[i].float32 = beside.float32[i] != 0;
     }
     show(Sweep::kProxInMetric, beside.w, &beside.moments, metrics.data());
-    run(Sweep::kProxInMetric, strengths, {}, target, reader);
+    run(Sweep::kProxInMetric, strengths, {}, out, target, reader);
     return beside.others;
   }
 
@@ -125,7 +128,7 @@ class Layout {
             const py::object& numbers, const std::string& penalised, bool prox,
             const py::list& strengths, const py::object& scale, const py::list& masters,
             const std::vector<std::optional<uint32_t>>& keys, const py::object& grad_scale,
-            const py::object& found_inf, const Target& target) {
+            const py::object& found_inf, uintptr_t out, const Target& target) {
     TensorReader reader;
     const Shown shown = look_.with_own_gradients(tensors, reader);
     const auto found =
@@ -159,14 +162,14 @@ class Layout {
     facts.prox = prox;
     show(Sweep::kStep, shown.w, &shown.g);
     plan_of(Sweep::kStep).step(facts, steps.data(), std::move(own_numbers));
-    run(Sweep::kStep, strengths, scale, target, reader);
+    run(Sweep::kStep, strengths, scale, out, target, reader);
     return true;
   }
 
-  void stats(const py::list& tensors, const Target& target) {
+  void stats(const py::list& tensors, uintptr_t out, const Target& target) {
     TensorReader reader;
     show(Sweep::kStats, look_.tensors(tensors, reader), nullptr);
-    run(Sweep::kStats, py::list(), {}, target, reader);
+    run(Sweep::kStats, py::list(), {}, out, target, reader);
   }
 
  private:
@@ -215,8 +218,8 @@ class Layout {
     plan_of(sweep).show(w.data(), g == nullptr ? nullptr : g->data(), metrics);
   }
 
-  void run(Sweep sweep, const py::list& strengths, const py::object& scale, const Target& target,
-           TensorReader& reader) {
+  void run(Sweep sweep, const py::list& strengths, const py::object& scale, uintptr_t out,
+           const Target& target, TensorReader& reader) {
     Plan& plan = plan_of(sweep);
     if (sweep != Sweep::kStats) {
       if (py::len(strengths) != size_t{plan.rules()} * kMaxStrengths)
@@ -231,7 +234,7 @@ class Layout {
     const int most = blocks_at_a_time(sweep, plan.family(), device_);
     const uint32_t blocks = plan.fill(parameter, table, number(scale, reader),
                                       static_cast<uint32_t>(most), has_totals(sweep));
-    parameter.out = reinterpret_cast<double*>(target.out);
+    parameter.out = reinterpret_cast<double*>(out);
     parameter.done = reinterpret_cast<uint32_t*>(target.scratch);
     parameter.partials = reinterpret_cast<double*>(target.scratch + kCounterBytes);
     py::gil_scoped_release release;
@@ -291,26 +294,26 @@ PYBIND11_MODULE(PYREG_MODULE, m) {
   m.def("driver_serves", &driver_serves);
   m.def("unserved", &unserved, py::arg("device"));
   py::class_<Target>(m, "Target")
-      .def(py::init<uintptr_t, uintptr_t, uintptr_t, py::function>(), py::arg("out"),
-           py::arg("scratch"), py::arg("stream"), py::arg("table"));
+      .def(py::init<uintptr_t, uintptr_t, py::function>(), py::arg("scratch"), py::arg("stream"),
+           py::arg("table"));
   py::class_<Layout>(m, "Layout")
       .def(py::init<const py::list&, const std::vector<int>&, const std::vector<std::string>&,
                     int>(),
            py::arg("tensors"), py::arg("rule_of"), py::arg("penalties"), py::arg("device"))
       .def_property_readonly("by_value", &Layout::by_value)
       .def("scratch_bytes", &Layout::scratch_bytes)
-      .def("value", &Layout::value, py::arg("tensors"), py::arg("strengths"), py::arg("target"))
+      .def("value", &Layout::value, py::arg("tensors"), py::arg("strengths"), py::arg("out"), py::arg("target"))
       .def("gradient", &Layout::gradient, py::arg("tensors"), py::arg("grads"),
            py::arg("strengths"), py::arg("scale"), py::arg("target"))
       .def("accumulate", &Layout::accumulate, py::arg("tensors"), py::arg("strengths"),
-           py::arg("scale"), py::arg("target"))
+           py::arg("scale"), py::arg("out"), py::arg("target"))
       .def("prox", &Layout::prox, py::arg("tensors"), py::arg("strengths"), py::arg("step"),
            py::arg("target"))
       .def("prox_in_metric", &Layout::prox_in_metric, py::arg("tensors"), py::arg("moments"),
-           py::arg("numbers"), py::arg("root"), py::arg("strengths"), py::arg("target"))
+           py::arg("numbers"), py::arg("root"), py::arg("strengths"), py::arg("out"), py::arg("target"))
       .def("step", &Layout::step, py::arg("tensors"), py::arg("states"), py::arg("updates"),
            py::arg("sets"), py::arg("numbers"), py::arg("penalised"), py::arg("prox"),
            py::arg("strengths"), py::arg("scale"), py::arg("masters"), py::arg("keys"),
-           py::arg("grad_scale"), py::arg("found_inf"), py::arg("target"))
-      .def("stats", &Layout::stats, py::arg("tensors"), py::arg("target"));
+           py::arg("grad_scale"), py::arg("found_inf"), py::arg("out"), py::arg("target"))
+      .def("stats", &Layout::stats, py::arg("tensors"), py::arg("out"), py::arg("target"));
 }

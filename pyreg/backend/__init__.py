@@ -10,10 +10,11 @@ A backend has
   `pack.penalties`. Each may raise StaleLayout, before anything is written:
 
   - `value(pack, tensors, rules) -> (value, sums)`: 0-dim float64, or float32 where no tensor is
-    float64; [rules, strengths] derivatives by the strengths (whatever `torch.as_tensor` takes);
+    float64; [rules, strengths] derivatives by the strengths (whatever `torch.as_tensor` takes, or
+    a function that gives it);
   - `gradient(pack, tensors, grads, rules, scale)`: grads[i] = scale * gradient, None left out;
   - `accumulate(pack, tensors, rules, scale) -> (value, of_rules, present)`: .grad += scale *
-    gradient where there is one; how many there were; [rules] each rule's value;
+    gradient where there is one; how many there were; [rules] each rule's value, as above;
   - `prox(pack, tensors, rules, step)`: in place;
   - `prox_in_metric(pack, tensors, metrics, rules) -> (value, of_rules)`: in place, with a step of
     its own for each element; the values of the new weights;

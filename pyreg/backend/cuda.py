@@ -18,7 +18,7 @@ from torch import Tensor
 from ..metric import Metric
 from ..pack import GradientMismatch, Pack, StaleLayout
 from ..penalties import Penalty
-from .torch import add_gradient, apply_prox, apply_prox_in_metric, count, flat_sets
+from .torch import Left, add_gradient, apply_prox, apply_prox_in_metric, count, flat_sets
 
 
 @cache
@@ -70,10 +70,7 @@ class _Queue(NamedTuple):
     device: torch.device
     handle: int  # of the stream; 0 on the CPU, where tests run the kernels' code
     capturing: bool
-
-    @property
-    def key(self) -> int:
-        return -1 if self.capturing else self.handle
+    key: int
 
     @property
     def stream(self) -> torch.cuda.Stream | None:
@@ -81,12 +78,16 @@ class _Queue(NamedTuple):
         return None if self.device.type == "cpu" else torch.cuda.current_stream(self.device)
 
 
+_CAPTURED = -1  # the key of a queue that is captured
+
+
 def _current(device: torch.device) -> _Queue:
     """(Within `_on(device)`.)"""
     if device.type == "cpu":
-        return _Queue(device, 0, False)
+        return _Queue(device, 0, False, 0)
     handle = torch._C._cuda_getCurrentRawStream(device.index)
-    return _Queue(device, handle, torch.cuda.is_current_stream_capturing())
+    capturing = torch.cuda.is_current_stream_capturing()
+    return _Queue(device, handle, capturing, _CAPTURED if capturing else handle)
 
 
 # What captured graphs go on using. A graph may outlive the pack that it was captured with, and
@@ -164,22 +165,25 @@ class _State:
         self.wide = any(dtype == torch.float64 for dtype, *_ in pack.geometry)
         self._device = device
         self._tables: dict[str, _Table] = {}  # by sweep
+        self._targets: dict[tuple[str, int], Any] = {}  # by sweep and stream
         self._scratch: dict[int, Tensor] = {}
         self._numbers: Tensor | None = None
         self._sets: Tensor | None = None
         self._rows = len(tensors)
 
-    def target(self, sweep: str, out: Tensor | None = None) -> Any:
+    def target(self, sweep: str) -> Any:
         queue = _current(self._device)
+        if (known := self._targets.get((sweep, queue.key))) is not None:
+            return known
         scratch = self._scratch_of(queue)
         if (table := self._tables.get(sweep)) is None:
             table = self._tables[sweep] = _Table(self._device)
-        return load().Target(
-            0 if out is None else out.data_ptr(),
-            scratch.data_ptr(),
-            queue.handle,
-            lambda given: table.on(queue, given),
+        target = load().Target(
+            scratch.data_ptr(), queue.handle, lambda given: table.on(queue, given)
         )
+        if not queue.capturing:
+            self._targets[sweep, queue.key] = target
+        return target
 
     def lasting(self, numbers: list[float | Tensor]) -> list[float | Tensor]:
         """A metric's numbers, with tensors copied to where they were at the last call if a table
@@ -229,7 +233,7 @@ class _State:
             if queue.capturing:
                 raise _warm_up("there is no scratch memory yet")
             size = self.layout.scratch_bytes()
-            for key in {queue.key, -1} - self._scratch.keys():
+            for key in {queue.key, _CAPTURED} - self._scratch.keys():
                 self._scratch[key] = torch.zeros(size, dtype=torch.uint8, device=self._device)
         return _kept(self._scratch[queue.key], queue)
 
@@ -271,10 +275,12 @@ class CudaBackend:
 
     def value(
         self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Left]:
         out = self._out(pack)
-        self._sweep("value", pack, tensors, out, _strengths(rules, pack))
-        return self._value(pack, out), self._sums(pack, out).view(len(rules), -1)
+        self._sweep("value", pack, tensors, _strengths(rules, pack), out.data_ptr())
+        width = load().max_sums
+        sums = Left(out, torch.float64, slice(1, 1 + len(rules) * width), width)
+        return self._value(pack, out), sums
 
     def gradient(
         self,
@@ -285,15 +291,15 @@ class CudaBackend:
         scale: float | Tensor,
     ) -> None:
         strengths = _strengths(rules, pack)
-        self._sweep("gradient", pack, tensors, None, grads, strengths, _number(scale, pack))
+        self._sweep("gradient", pack, tensors, grads, strengths, _number(scale, pack))
 
     def accumulate(
         self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty], scale: float | Tensor
-    ) -> tuple[Tensor, Tensor, int]:
+    ) -> tuple[Tensor, Left, int]:
         out = self._out(pack)
         strengths = _strengths(rules, pack)
         present, others = self._sweep(
-            "accumulate", pack, tensors, out, strengths, _number(scale, pack)
+            "accumulate", pack, tensors, strengths, _number(scale, pack), out.data_ptr()
         )
         for i in others:
             add_gradient(pack.penalty(i, rules), tensors[i], scale)
@@ -303,7 +309,7 @@ class CudaBackend:
         self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty], step: float | Tensor
     ) -> None:
         strengths = _strengths(rules, pack)
-        others = self._sweep("prox", pack, tensors, None, strengths, _number(step, pack))
+        others = self._sweep("prox", pack, tensors, strengths, _number(step, pack))
         for i in others:
             apply_prox(pack.penalty(i, rules), tensors[i], step)
         torch.autograd.graph.increment_version(tensors)
@@ -314,18 +320,18 @@ class CudaBackend:
         tensors: list[Tensor],
         metrics: Sequence[Metric],
         rules: Sequence[Penalty],
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Left]:
         out = self._out(pack)
         numbers = [_number(x, pack) for m in metrics for x in (m.numerator, m.factor, m.offset)]
         others = self._sweep(
             "prox_in_metric",
             pack,
             tensors,
-            out,
             [m.moment for m in metrics],
             self._state(pack, tensors).lasting(numbers),
             [m.root for m in metrics],
             _strengths(rules, pack),
+            out.data_ptr(),
         )
         for i in others:
             apply_prox_in_metric(pack.penalty(i, rules), tensors[i], metrics[i])
@@ -335,7 +341,7 @@ class CudaBackend:
             for i in others:
                 own = pack.penalty(i, rules).value(tensors[i])
                 value += own
-                of_rules[pack.rule_of[i]] += own
+                of_rules()[pack.rule_of[i]] += own
         return value, of_rules
 
     def step(
@@ -355,7 +361,7 @@ class CudaBackend:
         keys: Sequence[int | None] = (),
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
+    ) -> tuple[Tensor, Left, Tensor] | None:
         """An optimizer's step on every row, and the penalty's gradient or prox in it.
 
         Args:
@@ -383,7 +389,6 @@ class CudaBackend:
             "step",
             pack,
             tensors,
-            out,
             states,
             [index[name] for name in updates],
             sets,
@@ -396,33 +401,33 @@ class CudaBackend:
             list(keys),
             None if grad_scale is None else _number(grad_scale, pack),
             None if found_inf is None else _number(found_inf, pack),
+            out.data_ptr(),
         )
         if not taken:
             return None
         torch.autograd.graph.increment_version(tensors)
-        return self._value(pack, out), self._of_rules(pack, out), out[-1:].view(torch.int64)[0]
+        return self._value(pack, out), self._of_rules(pack, out), out.view(torch.int64)[-1]
 
     def stats(self, pack: Pack, tensors: list[Tensor]) -> Tensor:
         out = torch.empty(len(tensors), 5, dtype=torch.float64, device=pack.device)
-        self._sweep("stats", pack, tensors, out)
+        self._sweep("stats", pack, tensors, out.data_ptr())
         return out
 
     def _out(self, pack: Pack, columns: int | None = None) -> Tensor:
-        """[1 + rules * columns + rules + 2]: the value, each rule's sums (after a step its zeros
-        too), each rule's value, the value as float32, the zeros."""
+        """[1 + rules * columns + rules + 2] float64: the value, each rule's sums (after a step its
+        zeros too), each rule's value, the value as float32, the zeros. As twice as many float32."""
         columns = load().max_sums if columns is None else columns
         size = 3 + len(pack.penalties) * (columns + 1)
-        return torch.empty(size, dtype=torch.float64, device=pack.device)
+        return torch.empty(2 * size, dtype=torch.float32, device=pack.device)
 
-    def _sums(self, pack: Pack, out: Tensor) -> Tensor:
-        return out[1 : -2 - len(pack.penalties)]
-
-    def _of_rules(self, pack: Pack, out: Tensor) -> Tensor:
-        return out[-2 - len(pack.penalties) : -2]
+    def _of_rules(self, pack: Pack, out: Tensor) -> Left:
+        return Left(out, torch.float64, slice(-2 - len(pack.penalties), -2))
 
     def _value(self, pack: Pack, out: Tensor) -> Tensor:
         """As float32 if no tensor is float64: that saves a launch to convert it."""
-        return out[0] if pack.layouts[self.name].wide else out.view(torch.float32)[-4]
+        if pack.layouts[self.name].wide:
+            return out.view(torch.float64)[0]
+        return out.select(0, -4)
 
     def _state(self, pack: Pack, tensors: list[Tensor]) -> _State:
         state = pack.layouts.get(self.name)
@@ -431,19 +436,12 @@ class CudaBackend:
             state = pack.layouts[self.name] = _State(pack, tensors)
         return state
 
-    def _sweep(
-        self,
-        verb: str,
-        pack: Pack,
-        tensors: list[Tensor],
-        out: Tensor | None,
-        *args: Any,
-    ) -> Any:
+    def _sweep(self, verb: str, pack: Pack, tensors: list[Tensor], *args: Any) -> Any:
         native = load()
         with _on(pack.device):
             state = self._state(pack, tensors)
             try:
-                return getattr(state.layout, verb)(tensors, *args, state.target(verb, out))
+                return getattr(state.layout, verb)(tensors, *args, state.target(verb))
             except native.StaleLayout as error:
                 raise StaleLayout(str(error)) from None
             except native.GradientMismatch:
@@ -452,6 +450,8 @@ class CudaBackend:
 
 def _number(x: float | Tensor, pack: Pack) -> float | Tensor:
     """A number, or one that the kernel reads from device memory."""
+    if type(x) is float:
+        return x
     if not isinstance(x, Tensor):
         return float(x)
     if x.device == pack.device and x.dtype in (torch.float32, torch.float64):
@@ -464,5 +464,7 @@ def _strengths(rules: Sequence[Penalty], pack: Pack) -> list[float | Tensor]:
     width, found = load().max_strengths, []
     for rule in rules:
         own = rule.strengths
-        found += own + (0.0,) * (width - len(own))
-    return [x if type(x) is float else _number(x, pack) for x in found]
+        if rule.numbers is None:
+            own = tuple([_number(s, pack) for s in own])
+        found += own if len(own) == width else own + (0.0,) * (width - len(own))
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,20 @@ from .. import reference
 from ..metric import Metric
 from ..pack import Pack
 from ..penalties import Penalty
+
+
+class Left(NamedTuple):
+    """Numbers among those that a sweep left on a device, taken out when they are asked for."""
+
+    numbers: Tensor
+    dtype: torch.dtype  # that the numbers are read as
+    at: slice
+    columns: int | None = None
+
+    def __call__(self) -> Tensor:
+        """[at], or [at / columns, columns]."""
+        found = self.numbers.view(self.dtype)[self.at]
+        return found if self.columns is None else found.view(-1, self.columns)
 
 
 class TorchBackend:

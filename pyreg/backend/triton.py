@@ -18,7 +18,7 @@ from ..metric import Metric, Number
 from ..pack import Pack
 from ..penalties import Penalty, stack_strengths
 from .addresses import StatesLook, look_at
-from .torch import add_gradient, apply_prox, apply_prox_in_metric, count, flat_sets
+from .torch import Left, add_gradient, apply_prox, apply_prox_in_metric, count, flat_sets
 
 
 @cache
@@ -44,7 +44,7 @@ class _State:
         self.look_at_states = StatesLook(pack)
         self.layout = load().Layout(tensors, pack.rule_of, list(pack.penalties), pack.anchors)
         # By stream, as one does not wait for another: numbers, and they on the device.
-        self.strengths: dict[int, tuple[tuple[float, ...], Tensor]] = {}
+        self.strengths: dict[int, tuple[tuple, Tensor]] = {}
 
 
 class TritonBackend:
@@ -93,7 +93,7 @@ class TritonBackend:
     ) -> tuple[Tensor, Tensor]:
         state = self._state(pack, tensors)
         w = state.look.tensors(tensors)
-        return state.layout.value(w, self._strengths(state, pack, rules), state.look.anchors())
+        return state.layout.value(w, self._strengths(state, pack, rules), _anchors(state, pack))
 
     def gradient(
         self,
@@ -107,28 +107,28 @@ class TritonBackend:
         shown = state.look.with_gradients(tensors, grads)
         if shown.others:
             raise ValueError("a gradient has other strides than its tensor")
-        strengths, anchors = self._strengths(state, pack, rules), state.look.anchors()
+        strengths, anchors = self._strengths(state, pack, rules), _anchors(state, pack)
         scale = _on_device(scale, pack)
         state.layout.gradient(shown.tensors, shown.gradients, strengths, scale, anchors)
 
     def accumulate(
         self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty], scale: float | Tensor
-    ) -> tuple[Tensor, Tensor, int]:
+    ) -> tuple[Tensor, Left, int]:
         state = self._state(pack, tensors)
         shown = state.look.with_own_gradients(tensors)
-        strengths, anchors = self._strengths(state, pack, rules), state.look.anchors()
+        strengths, anchors = self._strengths(state, pack, rules), _anchors(state, pack)
         scale = _on_device(scale, pack)
         values = state.layout.accumulate(shown.tensors, shown.gradients, strengths, scale, anchors)
         for i in shown.others:
             add_gradient(pack.penalty(i, rules), tensors[i], scale)
-        return values[0], values[1:], shown.present
+        return values.select(0, 0), _of_rules(values), shown.present
 
     def prox(
         self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty], step: float | Tensor
     ) -> None:
         state = self._state(pack, tensors)
         w, others = state.look.separate_tensors(tensors)
-        strengths, anchors = self._strengths(state, pack, rules), state.look.anchors()
+        strengths, anchors = self._strengths(state, pack, rules), _anchors(state, pack)
         step = _on_device(step, pack)
         state.layout.prox(w, strengths, step, anchors)
         for i in others:
@@ -141,7 +141,7 @@ class TritonBackend:
         tensors: list[Tensor],
         metrics: Sequence[Metric],
         rules: Sequence[Penalty],
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Left]:
         state = self._state(pack, tensors)
         shown = state.look.with_moments(tensors, [m.moment for m in metrics])
         values = state.layout.prox_in_metric(
@@ -150,7 +150,7 @@ class TritonBackend:
             shown.float32,
             self._strengths(state, pack, rules),
             _numbers(metrics, pack.device),
-            state.look.anchors(),
+            _anchors(state, pack),
         )
         for i in shown.others:
             apply_prox_in_metric(pack.penalty(i, rules), tensors[i], metrics[i])
@@ -160,7 +160,7 @@ class TritonBackend:
                 own = pack.penalty(i, rules).value(tensors[i])
                 values[0] += own
                 values[1 + pack.rule_of[i]] += own
-        return values[0], values[1:]
+        return values.select(0, 0), _of_rules(values)
 
     def step(
         self,
@@ -179,7 +179,7 @@ class TritonBackend:
         keys: list[int | None] | Tensor | None = None,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
+    ) -> tuple[Tensor, Left, Tensor] | None:
         """An optimizer's step on every row, and the penalty's gradient or prox in it.
 
         Args:
@@ -238,7 +238,7 @@ class TritonBackend:
             found_inf=found_inf,
         )
         torch.autograd.graph.increment_version(tensors)
-        return values[0], values[1:], zeros
+        return values.select(0, 0), _of_rules(values), zeros
 
     def stats(self, pack: Pack, tensors: list[Tensor]) -> Tensor:
         state = self._state(pack, tensors)
@@ -252,11 +252,10 @@ class TritonBackend:
 
     def _strengths(self, state: _State, pack: Pack, rules: Sequence[Penalty]) -> Tensor:
         """[rules, 2] float64 in device memory: numbers are uploaded when they changed."""
-        flat = [s for rule in rules for s in rule.strengths]
-        if any(isinstance(s, Tensor) for s in flat):
+        numbers = tuple([rule.numbers for rule in rules])
+        if None in numbers:
             with torch.no_grad():
                 return stack_strengths(rules, pack.device, width=2)
-        numbers = tuple(flat)
         if pack.device.type == "cuda" and _capturing(pack.device):
             known = [s for uploaded, s in state.strengths.values() if uploaded == numbers]
             if not known:
@@ -274,6 +273,15 @@ class TritonBackend:
             strengths = _uploaded(rules, pack.device)
             state.strengths[stream] = numbers, strengths
         return strengths
+
+
+def _anchors(state: _State, pack: Pack) -> bytes:
+    """Where they are, after a look at the tensors."""
+    return b"" if pack.anchors is None else state.look.anchors()
+
+
+def _of_rules(values: Tensor) -> Left:
+    return Left(values, values.dtype, slice(1, None))
 
 
 def _capturing(device: torch.device) -> bool:

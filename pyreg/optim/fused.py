@@ -346,7 +346,8 @@ class Fused(LowPrecision):
         if done is None or reg is None:
             return None if done is None else Stepped()
         value, of_rules, zeros = done
-        return Stepped(Value.of([(value, of_rules)], part.packs.value_dtype), zeros)
+        value = add_values([value], part.packs.value_dtype)
+        return Stepped(Value(value, [of_rules]), zeros)
 
     def _groups_of(self, part: Part, tensors: list[Tensor]) -> list[dict[str, Any]]:
         """The param groups, with no others' parameters than these."""
