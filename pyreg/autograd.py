@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import ops, reference
-from .backend.torch import TorchBackend
+from .backend.torch import TorchBackend, taken
 from .dispatch import choose, require_formulas
 from .pack import (
     GradientMismatch,
@@ -174,8 +174,7 @@ class _Value(torch.autograd.Function):
             raise RuntimeError(_replaced(call, rows)) from None
         grad_strengths = None
         if ctx.needs_input_grad[1]:
-            sums = ctx.sums() if callable(ctx.sums) else ctx.sums
-            sums = torch.as_tensor(sums, dtype=torch.float64, device=strengths.device)
+            sums = taken(ctx.sums, strengths.device)
             grad_strengths = grad_output * sums[:, : strengths.shape[1]]
         return None, grad_strengths, None, *grads
 

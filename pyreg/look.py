@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from operator import attrgetter, is_
 
+import torch
 from torch import Tensor
 
 from .backend.native import load
@@ -28,3 +29,21 @@ def unchanged(slots: list[Slots]) -> bool:
     if isinstance(native, str):
         return all(all(map(is_, map(place.get, keys), held)) for place, keys, held in slots)
     return native.unchanged(slots)
+
+
+def count(counters: list[Tensor]) -> list[float] | Tensor | None:
+    """Each of an optimizer's step counters, after adding 1 to it: numbers, or float64 where the
+    counters are on a device, for which nobody waits. None if one is no such; none is changed then.
+    """
+    if not counters:
+        return []
+    devices = {c.device for c in counters}
+    on_cpu = devices == {torch.device("cpu")}
+    if on_cpu and not isinstance(native := load(), str):
+        return native.count(counters)
+    if len(devices) > 1 or any(
+        c.dim() or c.dtype not in (torch.float32, torch.float64) for c in counters
+    ):
+        return None
+    torch._foreach_add_(counters, 1)
+    return [c.item() for c in counters] if on_cpu else torch.stack(counters).double()

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .backend.torch import taken
 from .dispatch import choose
 from .metric import Metric, check_moment
 from .pack import GradientMismatch, Label, Pack, Packs, check_gradients, check_writable
@@ -58,8 +59,7 @@ class Value(NamedTuple):
 
     def of_rules(self) -> list[Tensor]:
         """Each rule's, like the total."""
-        parts = (part() if callable(part) else part for part in self.parts)
-        first, *others = (torch.as_tensor(part, dtype=torch.float64) for part in parts)
+        first, *others = map(taken, self.parts)
         for part in others:
             first = first + part.to(first.device)
         return list(first.to(self.total.device, self.total.dtype))

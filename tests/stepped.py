@@ -12,6 +12,7 @@ from torch import Tensor
 
 import pyreg
 from pyreg import pack
+from pyreg.backend.torch import taken
 from pyreg.backend.triton import TritonBackend
 from pyreg.metric import Metric
 from pyreg.penalties import Penalty
@@ -103,7 +104,7 @@ class Step:
             self.scale,
             **self.more,
         )
-        return None if done is None else [torch.as_tensor(x, dtype=torch.float64) for x in done]
+        return None if done is None else [*map(taken, done)]
 
     def all(self) -> list[Tensor]:
         """Weights and states."""

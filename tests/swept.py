@@ -11,6 +11,7 @@ from cases import CHUNK, DTYPES, fill, penalties
 from torch import Tensor
 
 from pyreg import pack
+from pyreg.backend.torch import taken
 from pyreg.backend.triton import interpreted
 from pyreg.dispatch import backend as backend_by_name
 from pyreg.metric import Metric
@@ -45,7 +46,7 @@ class Sweeps:
     def sums(self) -> list[list[float]]:
         """[rules, sums] the derivatives of the value by the strengths."""
         sums = self.backend.value(self.pack, self.tensors, self.rules)[1]
-        return torch.as_tensor(sums, dtype=torch.float64).tolist()
+        return taken(sums).tolist()
 
     def gradient(self, scale: float = 1.0) -> list[Tensor]:
         """Written into memory full of NaN."""
@@ -76,7 +77,7 @@ class Sweeps:
         )
 
     def _value(self, value: Tensor | float, of_rules: Tensor | list[float]) -> float:
-        self.of_rules = torch.as_tensor(of_rules, dtype=torch.float64).tolist()
+        self.of_rules = taken(of_rules).tolist()
         return float(value)
 
     def stats(self) -> Tensor:

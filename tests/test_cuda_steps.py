@@ -13,6 +13,7 @@ from trained import NET, ONE_EACH, make, minimizing, net, tensors_of
 import pyreg
 from pyreg import dispatch, optim
 from pyreg.backend import cuda, native
+from pyreg.backend.torch import taken
 from pyreg.metric import Metric
 
 # As an optimizer has them after a step or two: csrc/updates.h tells what each is.
@@ -113,7 +114,7 @@ class Step:
         value, of_rules, zeros = done
         return [
             torch.as_tensor(value).float(),
-            torch.as_tensor(of_rules, dtype=torch.float64),
+            taken(of_rules),
             torch.as_tensor(zeros),
             *self.everything(),
         ]
@@ -206,7 +207,7 @@ def test_more_tensors_than_fit_into_a_launch(kernels, on_host, monkeypatch, how)
             numbers = [(own, METRIC["adam"])]
             given = (states, ["adam"] * rows, [0] * rows, numbers, bytes([1]) * rows)
             done = backend.step(pack, tensors, *given, True, rules, 1.0, **more)
-        of_rules, zeros = torch.as_tensor(done[1], dtype=torch.float64), torch.as_tensor(done[2])
+        of_rules, zeros = taken(done[1]), torch.as_tensor(done[2])
         found.append([of_rules, zeros, *tensors, *states[0], *states[1]])
     for a, b in zip(*found, strict=True):
         assert_same_bits(a, b)

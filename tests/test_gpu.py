@@ -17,7 +17,8 @@ from swept import ON_CPU, ON_GPU, Place, Sweeps, each, flat, mixed, moments
 from torch import Tensor, nn
 
 import pyreg
-from pyreg import dispatch
+from pyreg import look
+from pyreg.backend.torch import taken
 from pyreg.backend.triton import interpreted
 from pyreg.metric import Metric
 from pyreg.penalties import Penalty
@@ -168,7 +169,8 @@ def adam(sweeps: Sweeps, states: list[list[Tensor]], numbers: object, prox: bool
     """A step of Adam with elastic net: the value, each rule's, and the zeros."""
     n, tensors = len(sweeps.tensors), sweeps.tensors
     args = tensors, states, ["adam"] * n, [0] * n, numbers, bytes([1] * n), prox, [BOTH], 1.0
-    return list(map(torch.as_tensor, sweeps.backend.step(sweeps.pack, *args)))
+    value, of_rules, zeros = sweeps.backend.step(sweeps.pack, *args)
+    return [torch.as_tensor(value), taken(of_rules), torch.as_tensor(zeros)]
 
 
 ADAM = (1.0, 0.999, 0.01, 0.1, 0.98, 0.02, 0.05, 1.3, 1e-3)
@@ -254,7 +256,7 @@ def test_counters_on_the_device(place):
         pytest.skip("cannot be rehearsed on the CPU")
     counters = [torch.full((), float(k), device=on(place)) for k in range(3)]
     with device.no_waiting(on(place)):
-        found = dispatch.backend(place.backend, place.device).count(counters)
+        found = look.count(counters)
     assert found.tolist() == [1.0, 2.0, 3.0] == [c.item() for c in counters]
 
 

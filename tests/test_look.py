@@ -57,3 +57,15 @@ def test_unchanged_asks_for_the_same_object_not_an_equal_one(asked):
     assert asked.unchanged(slots)
     place["w"] = torch.ones(1)
     assert not asked.unchanged(slots)
+
+
+def test_counters(asked):
+    counters = [torch.tensor(1.0), torch.tensor(41.0, dtype=torch.float64)]
+    assert asked.count(counters) == [2.0, 42.0]
+    assert [c.item() for c in counters] == [2.0, 42.0]
+    assert asked.count([]) == []
+    for other in (torch.tensor(1), torch.ones(1), torch.ones((), device="meta")):
+        assert asked.count([counters[0], other]) is None
+    assert counters[0] == 2.0
+    found = asked.count([torch.zeros((), device="meta")] * 2)  # as on a GPU
+    assert (found.dtype, found.device.type, found.shape) == (torch.float64, "meta", (2,))

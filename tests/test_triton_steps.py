@@ -47,7 +47,6 @@ from stepped import (  # noqa: E402
 )
 
 from pyreg.backend.native import NativeBackend  # noqa: E402
-from pyreg.backend.triton import TritonBackend  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, at inf - inf
 
@@ -280,15 +279,3 @@ def test_a_step_of_nothing():
     """Empty tensors only."""
     ours = make("adam", EXACT, [Size(0)], prox=True)
     assert [t.tolist() for t in ours.take()] == [0.0, [0.0], 0.0]
-
-
-def test_counters():
-    counters = [torch.tensor(1.0), torch.tensor(41.0, dtype=torch.float64)]
-    assert TritonBackend().count(counters) == [2.0, 42.0]
-    assert [c.item() for c in counters] == [2.0, 42.0]
-    assert TritonBackend().count([]) == []
-    for other in (torch.tensor(1), torch.ones(1), torch.ones((), device="meta")):
-        assert TritonBackend().count([counters[0], other]) is None
-    assert counters[0] == 2.0
-    found = TritonBackend().count([torch.zeros((), device="meta")] * 2)  # as on a GPU
-    assert (found.dtype, found.device.type, found.shape) == (torch.float64, "meta", (2,))

@@ -10,8 +10,7 @@ A backend has
   `pack.penalties`. Each may raise StaleLayout, before anything is written:
 
   - `value(pack, tensors, rules) -> (value, sums)`: 0-dim float64, or float32 where no tensor is
-    float64; [rules, strengths] derivatives by the strengths (whatever `torch.as_tensor` takes, or
-    a function that gives it);
+    float64; [rules, strengths] derivatives by the strengths (whatever `torch.taken` takes);
   - `gradient(pack, tensors, grads, rules, scale)`: grads[i] = scale * gradient, None left out;
   - `accumulate(pack, tensors, rules, scale) -> (value, of_rules, present)`: .grad += scale *
     gradient where there is one; how many there were; [rules] each rule's value, as above;
@@ -20,6 +19,6 @@ A backend has
     its own for each element; the values of the new weights;
   - `stats(pack, tensors)`: [rows, 5] float64, the columns of `reference.stats`.
 
-A backend that can take an optimizer's step in one sweep has `count` and `step` too: native on the
-CPU.
+A backend that can take an optimizer's step in one sweep has `step` too; `steps(pack)` says whether
+it can with the pack's penalties.
 """

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..metric import Metric
 from ..pack import GradientMismatch, Pack, StaleLayout
 from ..penalties import Penalty
-from .torch import Left, add_gradient, apply_prox, apply_prox_in_metric, count, flat_sets
+from .torch import Left, add_gradient, apply_prox, apply_prox_in_metric, flat_sets
 
 
 @cache
@@ -240,7 +240,6 @@ class _State:
 
 class CudaBackend:
     name = "native"
-    count = staticmethod(count)
 
     def missing(self) -> str | None:
         native = load()

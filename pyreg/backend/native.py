@@ -154,10 +154,6 @@ class NativeBackend:
         torch.autograd.graph.increment_version(tensors)
         return value, of_rules
 
-    def count(self, counters: list[Tensor]) -> list[float] | None:
-        """Each of an optimizer's step counters, after adding 1 to it; None if one is no such."""
-        return load().count(counters)
-
     def step(
         self,
         pack: Pack,

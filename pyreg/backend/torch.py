@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,13 @@ class Left(NamedTuple):
         """[at], or [at / columns, columns]."""
         found = self.numbers.view(self.dtype)[self.at]
         return found if self.columns is None else found.view(-1, self.columns)
+
+
+def taken(numbers: Any, device: torch.device | None = None) -> Tensor:
+    """What a backend gives for several numbers (lists, a tensor, what is `Left`) as float64."""
+    if callable(numbers):
+        numbers = numbers()
+    return torch.as_tensor(numbers, dtype=torch.float64, device=device)
 
 
 class TorchBackend:
@@ -149,21 +156,6 @@ def apply_prox(penalty: Penalty, w: Tensor, step: float | Tensor) -> None:
 def apply_prox_in_metric(penalty: Penalty, w: Tensor, metric: Metric) -> None:
     """w = prox(w, step of each element)"""
     apply_prox(penalty, w, reference.metric_step(*metric, dtype=w.dtype))
-
-
-def count(counters: list[Tensor]) -> list[float] | Tensor | None:
-    """Each of an optimizer's step counters, after adding 1 to it: numbers, or float64 where the
-    counters are on a device; None if one is no such."""
-    devices = {c.device for c in counters}
-    fine = all(c.dim() == 0 and c.dtype in (torch.float32, torch.float64) for c in counters)
-    if not fine or len(devices) > 1:
-        return None
-    if not counters:
-        return []
-    torch._foreach_add_(counters, 1)
-    if devices == {torch.device("cpu")}:
-        return [c.item() for c in counters]
-    return torch.stack(counters).double()
 
 
 def flat_sets(numbers: Sequence[tuple[Sequence[float], Metric]]) -> list[float]:

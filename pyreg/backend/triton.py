@@ -18,7 +18,7 @@ from ..metric import Metric, Number
 from ..pack import Pack
 from ..penalties import Penalty, stack_strengths
 from .addresses import StatesLook, look_at
-from .torch import Left, add_gradient, apply_prox, apply_prox_in_metric, count, flat_sets
+from .torch import Left, add_gradient, apply_prox, apply_prox_in_metric, flat_sets
 
 
 @cache
@@ -49,7 +49,6 @@ class _State:
 
 class TritonBackend:
     name = "triton"
-    count = staticmethod(count)
 
     def missing(self) -> str | None:
         kernels = load()

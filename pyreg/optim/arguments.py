@@ -58,13 +58,11 @@ def arguments(
         return Arguments(states, updates, list(range(len(updates))), numbers)
     sets, numbers, counts = [], [], iter(steps)
     for group, rows in groups:
-        of: dict[tuple[float, bool], int] = {}
         own = list(islice(counts, len(rows.counters))) or [0.0] * len(rows.params)
-        for step, new in zip(own, rows.new or [False] * len(rows.params), strict=True):
-            if (step, new) not in of:
-                of[step, new] = len(numbers)
-                numbers.append(_set(optimizer, group, step, new, scale))
-            sets.append(of[step, new])
+        alike = list(zip(own, rows.new or [False] * len(rows.params), strict=True))
+        of = {kind: len(numbers) + k for k, kind in enumerate(dict.fromkeys(alike))}
+        numbers += [_set(optimizer, group, step, new, scale) for step, new in of]
+        sets += map(of.__getitem__, alike)
     return Arguments(states, updates, sets, numbers)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import repeat
+from operator import attrgetter, itemgetter
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -13,6 +15,7 @@ from torch.optim import Optimizer
 
 from ..attachment import add_gradients, ascends, metric_of_rows, untraced
 from ..dispatch import stepper
+from ..look import count
 from ..metric import Metric, Number, check_moment, gain, metric_of
 from ..pack import (
     SWEPT_DTYPES,
@@ -190,7 +193,8 @@ class Fused(LowPrecision):
 
     # What each class has of its own:
 
-    def _rows(self, group: dict[str, Any]) -> Rows:
+    def _states(self, group: dict[str, Any]) -> list[str]:
+        """The names of what lies beside a parameter, in the order of csrc/updates.h."""
         raise NotImplementedError
 
     def _update(self, group: dict[str, Any]) -> str:
@@ -202,6 +206,21 @@ class Fused(LowPrecision):
         raise NotImplementedError
 
     # And what they share:
+
+    def _rows(self, group: dict[str, Any]) -> Rows:
+        """Those with a gradient. Where a state is missing torch makes it, or it raises."""
+        params, names = with_gradient(group), [*self._states(group), "step"]
+
+        def beside() -> list[list[Any]]:
+            states = list(map(self.state.get, params, repeat({})))
+            return [list(map(itemgetter(name), states)) for name in names]
+
+        try:
+            *states, counters = beside()
+        except KeyError:
+            self._listed(group)
+            *states, counters = beside()
+        return Rows(params, states, counters, ())
 
     def _listed(self, group: dict[str, Any]) -> list[list[Any]]:
         """The lists that torch makes of the group: those with a gradient, and what lies beside.
@@ -231,9 +250,9 @@ class Fused(LowPrecision):
             if self.mode == "grad":
                 reg.check_differentiable()
                 ascends(self)
-        tensors = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        tensors = [p for group in self.param_groups for p in with_gradient(group)]
         wide = self._wide()
-        if any(t.grad.layout != torch.strided for t in tensors):
+        if not {*map(_layout, map(_grad, tensors))} <= {torch.strided}:
             self._check(tensors)
         plan = self._plan_of(tensors)
         if len(plan.parts) > 1:  # what would stop one must not stop it after another
@@ -296,9 +315,9 @@ class Fused(LowPrecision):
         self, part: Part, tensors: list[Tensor], wide: list[Wide]
     ) -> Stepped | None:
         """Take the part's step; None where it cannot be one sweep, and nothing was done."""
-        if not tensors or any(
-            t.device.type not in ("cpu", "cuda") or t.dtype not in SWEPT_DTYPES for t in tensors
-        ):
+        if not tensors or not {*map(_dtype, tensors)} <= {*SWEPT_DTYPES}:
+            return None
+        if not {device.type for device in {*map(_device, tensors)}} <= {"cpu", "cuda"}:
             return None
         reg, of_param = self.regularizer, {id(row.param): row for row in wide}
         rules = (L1(0.0),) if reg is None else reg._penalties
@@ -315,7 +334,7 @@ class Fused(LowPrecision):
             counters, counted = [counter for rows in found for counter in rows.counters], []
             try:
                 scaler = self._scaler(current[0].device, counters)
-                if scaler is None or (steps := backend.count(counters)) is None:
+                if scaler is None or (steps := count(counters)) is None:
                     return None
                 counted, scale = counters, scaler.pop("scale")
                 done = backend.step(
@@ -549,6 +568,13 @@ _CHECK_CAPTURE = getattr(
     "_accelerator_graph_capture_health_check",
     getattr(Optimizer, "_cuda_graph_capture_health_check", lambda optimizer: None),
 )
+
+
+_grad, _layout, _dtype, _device = map(attrgetter, ("grad", "layout", "dtype", "device"))
+
+
+def with_gradient(group: dict[str, Any]) -> list[Tensor]:
+    return [p for p in group["params"] if p.grad is not None]
 
 
 def place_of(t: Tensor) -> Any:

@@ -6,11 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..metric import Number, number
 from .arguments import Rows
-from .fused import Fused
+from .fused import Fused, with_gradient
 from .precision import NARROW, is_wide
 
 
@@ -21,11 +20,8 @@ def _doc(of: str) -> str:
 class _Adam(Fused):
     _lists = 6
 
-    def _rows(self, group: dict[str, Any]) -> Rows:
-        params, _, means, squares, largest, counters = self._listed(group)
-        return Rows(
-            params, [means, squares, *([largest] if group["amsgrad"] else [])], counters, ()
-        )
+    def _states(self, group: dict[str, Any]) -> list[str]:
+        return ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
 
     def _update(self, group: dict[str, Any]) -> str:
         return "adam amsgrad" if group["amsgrad"] else "adam"
@@ -55,17 +51,15 @@ class SGD(Fused, torch.optim.SGD):
     _lists = 3
 
     def _rows(self, group: dict[str, Any]) -> Rows:
-        params, _, buffers = self._listed(group)
+        params = with_gradient(group)
         if not group["momentum"]:
             return Rows(params, [], [], ())
-        new = [buffer is None for buffer in buffers]
-        return Rows(params, [list(map(self._buffer, params))], [], new)
-
-    def _buffer(self, p: Tensor) -> Tensor:
-        state = self.state[p]
-        if state.get("momentum_buffer") is None:
-            state["momentum_buffer"] = torch.zeros_like(p)
-        return state["momentum_buffer"]
+        states = [self.state[p] for p in params]
+        new = [state.get("momentum_buffer") is None for state in states]
+        for p, state, first in zip(params, states, new, strict=True):
+            if first:
+                state["momentum_buffer"] = torch.zeros_like(p)
+        return Rows(params, [[state["momentum_buffer"] for state in states]], [], new)
 
     def _update(self, group: dict[str, Any]) -> str:
         if not group["momentum"]:
@@ -90,9 +84,8 @@ class Adagrad(Fused, torch.optim.Adagrad):
                     first = group["initial_accumulator_value"]
                     self.state[p]["sum"] = torch.full_like(p, first, dtype=torch.float32)
 
-    def _rows(self, group: dict[str, Any]) -> Rows:
-        params, _, sums, counters = self._listed(group)
-        return Rows(params, [sums], counters, ())
+    def _states(self, group: dict[str, Any]) -> list[str]:
+        return ["sum"]
 
     def _update(self, group: dict[str, Any]) -> str:
         return "adagrad"
@@ -107,10 +100,9 @@ class RMSprop(Fused, torch.optim.RMSprop):
     _torch = torch.optim.RMSprop
     _lists = 6
 
-    def _rows(self, group: dict[str, Any]) -> Rows:
-        params, _, squares, buffers, means, counters = self._listed(group)
-        states = [squares, *([means] if group["centered"] else [])]
-        return Rows(params, states + ([buffers] if group["momentum"] > 0 else []), counters, ())
+    def _states(self, group: dict[str, Any]) -> list[str]:
+        centered = ["grad_avg"] if group["centered"] else []
+        return ["square_avg", *centered, *(["momentum_buffer"] if group["momentum"] > 0 else [])]
 
     def _update(self, group: dict[str, Any]) -> str:
         centered = " centered" if group["centered"] else ""
