@@ -53,6 +53,13 @@ def test_times_are_seconds_per_run(stand_in):
     assert NAP <= host_seconds(nap, 2) < 100 * NAP
 
 
+def test_host_time_waits_for_the_gpu_between_rows_of_calls(stand_in, monkeypatch):
+    told = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: told.append("wait"))
+    assert host_seconds(lambda: told.append("call"), 5, in_a_row=2) > 0
+    assert told == [*["wait", "call", "call"] * 2, "wait", "call", "wait"]
+
+
 def test_memory_is_beyond_what_was_there(stand_in):
     assert peak_extra_bytes(nap, 2, "cuda") == 250
 

@@ -22,6 +22,8 @@ from .ways import LIMITS, STEP, WAYS, Run, Way, on_backend
 
 MOST_PROFILED = 1000  # tensors: the loop's launches are many times as many, and slow to read out
 _LONG = 0.2  # seconds: a run that takes longer is repeated less often
+_IN_A_ROW = 8  # calls between two waits for the GPU while the host's time is taken
+_FEW_LAUNCHES = 16  # of a call: so many times that are far from filling the GPU's queue
 _WITH_GRADIENT = ("gradient", "update + gradient")  # jobs
 Tell = Callable[[str, float], None]  # what is going on, share done
 
@@ -241,9 +243,11 @@ def _look_at_all(
         tries = 1 if row.seconds > _LONG else 3
         row = replace(row, extra_bytes=peak_extra_bytes(run, tries=tries, device=device))
         if device.type == "cuda":
-            row = replace(row, host_seconds=host_seconds(run, 3 if row.seconds > _LONG else 31))
             if name.startswith("pyreg") or len(parameters.tensors) <= MOST_PROFILED:
                 row = replace(row, kernels=len(kernels(run)))
+            in_a_row = _IN_A_ROW if 0 < (row.kernels or 0) <= _FEW_LAUNCHES else 1
+            samples = 3 if row.seconds > _LONG else 31 if in_a_row == 1 else 8 * in_a_row
+            row = replace(row, host_seconds=host_seconds(run, samples, in_a_row))
         rows[name] = row
 
 

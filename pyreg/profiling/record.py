@@ -34,7 +34,7 @@ class Row:
     extra_bytes: int | None = None  # peak, beyond parameters and gradients
     value_error: float | None = None  # relative to float64
     element_error: float | None = None  # of gradient or prox, relative to its largest element
-    host_seconds: float | None = None  # on a GPU: until the call returns, the device being idle
+    host_seconds: float | None = None  # on a GPU: until the call returns
     kernels: int | None = None  # on a GPU: launched by one run, copies and fills among them
     counted: float | None = None  # on a GPU: traffic by the memory's counters, in N
     first_seconds: float | None = None  # the first run, with whatever it builds or compiles
