@@ -1,15 +1,20 @@
-"""The native library as the wheel has it, against a -march=native build of the same sources.
+"""Builds of csrc beside the installed one.
 
-Both are built here from csrc, loaded side by side into one process, and timed by turns on the same
-memory. The second is timed as it chooses its kernels, and with its "baseline" kernels, which are
-then compiled with -march=native alone; the faster of the two counts.
+The native library as the wheel has it, against a -march=native build of the same sources: both are
+built here, loaded side by side into one process, and timed by turns on the same memory. The second
+is timed as it chooses its kernels, and with its "baseline" kernels, which are then compiled with
+-march=native alone; the faster of the two counts.
+
+And the CUDA bindings over a launch that needs no GPU.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,7 +55,38 @@ def build(folder: Path, flags: str) -> ModuleType:
     for command in (configure, ["cmake", "--build", str(folder)]):
         subprocess.run(command, check=True, capture_output=True, text=True)
     (path,) = folder.glob("_native*")
-    spec = importlib.util.spec_from_file_location("_native", path)
+    return _imported("_native", path)
+
+
+def bindings(folder: Path, launch: str, optimize: str) -> ModuleType:
+    """pyreg._cuda for CPU tensors: compiled from cuda/bindings.cpp and a launch of csrc/tests.
+
+    Raises:
+        FileNotFoundError: there is no C++ compiler.
+        CalledProcessError: it fails; `stderr` has its words.
+    """
+    import pybind11
+
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise FileNotFoundError("no C++ compiler")
+    name = f"_cuda_over_{launch.removesuffix('.cpp')}"
+    target = folder / (name + sysconfig.get_config_var("EXT_SUFFIX"))
+    defines = ("PYREG_LIBM_FMA", f"PYREG_MODULE={name}", "PYREG_DEVICE_TYPE=1")
+    includes = (CSRC, pybind11.get_include(), sysconfig.get_path("include"))
+    command = [
+        *(compiler, "-std=gnu++17", optimize, "-ffp-contract=off", "-shared", "-fPIC", "-w"),
+        *("-fvisibility=hidden", '-DPYREG_DEVICE_NAME="cpu"'),
+        *(f"-D{d}" for d in defines),
+        *(f"-I{i}" for i in includes),
+        *(CSRC / "cuda/bindings.cpp", CSRC / "tests" / launch, "-o", target),
+    ]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return _imported(name, target)
+
+
+def _imported(name: str, path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -54,21 +54,39 @@ inline std::vector<int> penalty_indices(const std::vector<std::string>& penaltie
 inline pybind11::bytes require_grad(const pybind11::list& tensors) {
   const TensorAttribute& requires_grad = TensorAttribute::requires_grad();
   std::string flags(pybind11::len(tensors), 0);
-  for (size_t i = 0; i < flags.size(); ++i)
+  const Ahead ahead(tensors);
+  for (size_t i = 0; i < flags.size(); ++i) {
+    ahead.turn(i);
     flags[i] = requires_grad.of(PyList_GET_ITEM(tensors.ptr(), i)).ptr() == Py_True;
+  }
   return pybind11::bytes(flags);
 }
 
 // Whether each of [(dict, keys, what they held)] still holds that; keys are in the dict's own
 // order.
 inline bool unchanged(const pybind11::list& slots) {
-  for (pybind11::handle slot : slots) {
-    PyObject* const keys = PyTuple_GET_ITEM(slot.ptr(), 1);
-    PyObject* const held = PyTuple_GET_ITEM(slot.ptr(), 2);
+  const Py_ssize_t number = PyList_GET_SIZE(slots.ptr());
+  const auto part = [&](Py_ssize_t slot, int k) {
+    return PyTuple_GET_ITEM(PyList_GET_ITEM(slots.ptr(), slot), k);
+  };
+  for (Py_ssize_t slot = 0; slot < number; ++slot) {
+    // As `Ahead` does, for the same reason.
+    if (slot + 12 < number) __builtin_prefetch(PyList_GET_ITEM(slots.ptr(), slot + 12));
+    if (slot + 8 < number)
+      for (int k : {0, 1, 2}) __builtin_prefetch(part(slot + 8, k));
+    if (slot + 4 < number) {
+      const auto* dict = reinterpret_cast<const PyDictObject*>(part(slot + 4, 0));
+      for (int line : {0, 64}) {
+        __builtin_prefetch(reinterpret_cast<const char*>(dict->ma_keys) + line);
+        __builtin_prefetch(reinterpret_cast<const char*>(dict->ma_values) + line);
+      }
+    }
+    PyObject* const keys = part(slot, 1);
+    PyObject* const held = part(slot, 2);
     const Py_ssize_t n = PyTuple_GET_SIZE(keys);
     Py_ssize_t place = 0, i = 0;
     PyObject *key, *now;
-    while (i < n && PyDict_Next(PyTuple_GET_ITEM(slot.ptr(), 0), &place, &key, &now)) {
+    while (i < n && PyDict_Next(part(slot, 0), &place, &key, &now)) {
       if (key != PyTuple_GET_ITEM(keys, i)) continue;
       if (now != PyTuple_GET_ITEM(held, i)) return false;
       ++i;
@@ -109,6 +127,7 @@ class Look {
         pairs_(std::move(pairs)),
         weights_(rule_of.size()),
         gradients_(rule_of.size()),
+        known_gradients_(rule_of.size()),
         gradient_bytes_(rule_of.size()),
         states_(kMaxStates, Places(rule_of.size())),
         masters_(rule_of.size()),
@@ -148,7 +167,11 @@ class Look {
     check_number(tensors);
     Pointers pointers;
     pointers.reserve(rows_.size());
-    for (size_t i = 0; i < rows_.size(); ++i) pointers.push_back(look(tensors, i, reader).data);
+    const Ahead ahead(tensors);
+    for (size_t i = 0; i < rows_.size(); ++i) {
+      ahead.turn(i);
+      pointers.push_back(look(tensors, i, reader).data);
+    }
     return pointers;
   }
 
@@ -176,7 +199,9 @@ class Look {
     beside.w = separate_tensors(tensors, reader, beside.others);
     beside.moments.resize(rows_.size());
     beside.float32.resize(rows_.size());
+    const Ahead ahead(moments);
     for (size_t i = 0; i < rows_.size(); ++i) {
+      ahead.turn(i);
       PyObject* const tensor = PyList_GET_ITEM(moments.ptr(), i);
       if (tensor == Py_None) continue;
       const auto found = moment(i, tensor, reader, states_[0]);
@@ -289,9 +314,6 @@ class Look {
     return view.data;
   }
 
-  // How many rows ahead of the look a tensor's record is fetched.
-  static constexpr size_t kAhead = 8;
-
   void check_number(const pybind11::list& tensors) const {
     if (PyList_GET_SIZE(tensors.ptr()) != static_cast<Py_ssize_t>(rows_.size()))
       throw StaleLayout("the number of tensors changed");
@@ -305,13 +327,18 @@ class Look {
     shown.g.reserve(rows_.size());
     shown.alive.reserve(rows_.size());
     // First all gradients, as a subclass runs Python here; then, at once, where everything lies.
+    const Ahead ahead(tensors);
     for (size_t i = 0; i < rows_.size(); ++i) {
-      weights_.prefetch(i + kAhead);
+      ahead.turn(i);
+      known_gradients_.fetch(i + 8);
       shown.alive.push_back(gradient(i));
       shown.present += !shown.alive.back().is_none();
     }
+    static_assert(sizeof(pybind11::object) == sizeof(PyObject*));
+    const Ahead ahead_too(reinterpret_cast<PyObject* const*>(shown.alive.data()), rows_.size());
     for (size_t i = 0; i < rows_.size(); ++i) {
-      gradients_.prefetch(i + kAhead);
+      ahead.turn(i);
+      ahead_too.turn(i);
       const TensorView view = look(tensors, i, reader);
       PyObject* const grad = shown.alive[i].ptr();
       shown.w.push_back(view.data);
@@ -333,7 +360,6 @@ class Look {
   }
 
   TensorView look(const pybind11::list& tensors, size_t i, TensorReader& reader) {
-    weights_.prefetch(i + kAhead);
     PyObject* const tensor = PyList_GET_ITEM(tensors.ptr(), i);
     const TensorView view = read_as<StaleLayout>(tensor, i, reader);
     const Recorded& was = recorded_[i];
@@ -363,6 +389,7 @@ class Look {
       return nullptr;
     }
     const TensorView view = read_as<GradientMismatch>(grad, i, reader);
+    known_gradients_.note(i, grad, view.shape);
     if (!is_here(view) || view.dtype != tensor.dtype || !view.same_shape(tensor) ||
         view.expanded() || !in_memory(view, grad, i, gradients_))
       throw GradientMismatch(std::to_string(i));
@@ -383,7 +410,6 @@ class Look {
   // storage does that is freed or resized; not noticed is one that comes back to its address, but
   // too small for its tensor (torch's own operations never notice), or a lazily negated view of it.
   static bool in_memory(const TensorView& view, PyObject* tensor, size_t i, Places& places) {
-    places.note_metadata(i, view.shape);
     if (view.data != nullptr && places.at(i, view.data)) return true;
     if (view.numel() > 0) {
       static const Method kStorage("untyped_storage"), kData("data_ptr"), kBytes("nbytes"),
@@ -407,6 +433,7 @@ class Look {
   Pairs pairs_;
   std::vector<Anchor> anchors_;  // [pairs] their dtypes, without addresses
   Places weights_, gradients_;
+  Known known_gradients_;
   std::vector<int64_t> gradient_bytes_;  // [rows] from its address on, all its own
   std::vector<Places> states_;
   Places masters_;

@@ -1,4 +1,4 @@
-// Where the rows lay at the last call: addresses to compare and to prefetch, never to follow.
+// Where the rows lay at the last call: addresses to compare, never to follow.
 #pragma once
 
 #include <algorithm>
@@ -9,22 +9,13 @@ namespace pyreg {
 
 class Places {
  public:
-  explicit Places(size_t rows) : data_(rows), metadata_(rows) {}
+  explicit Places(size_t rows) : data_(rows) {}
 
   bool at(size_t row, const void* data) const { return data_[row] == data; }
 
   void note(size_t row, const void* data) {
     data_[row] = data;
     compared_ = false;
-  }
-
-  // Tensors' own records are spread over memory, and a sweep drives them out of the cache. Those
-  // of a call are fetched a few rows ahead from where the last call found them.
-  void note_metadata(size_t row, const void* shape) { metadata_[row] = shape; }
-  void prefetch(size_t row) const {
-    if (row >= metadata_.size()) return;
-    const char* shape = static_cast<const char*>(metadata_[row]);
-    for (int line : {-64, 0, 64, 128}) __builtin_prefetch(shape + line);
   }
 
   // Rows that share memory with another row, in ascending order; bytes[row] is a row's size, and
@@ -55,8 +46,7 @@ class Places {
  private:
   int64_t begin(int64_t row) const { return reinterpret_cast<intptr_t>(data_[row]); }
 
-  std::vector<const void*> data_;      // [rows] first element
-  std::vector<const void*> metadata_;  // [rows] the tensor's record of its shape
+  std::vector<const void*> data_;  // [rows] first element
   std::vector<int64_t> overlapping_;
   bool compared_ = false;
 };

@@ -9,7 +9,9 @@
 #include <pybind11/gil_safe_call_once.h>
 #include <pybind11/pybind11.h>
 
+#include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "table.h"
@@ -99,22 +101,42 @@ struct TensorView {
   }
 };
 
+// Torch's own two types of tensors. Made once, by whoever is first, though an import may let other
+// threads run meanwhile.
+struct TensorTypes {
+  PyObject *tensor, *parameter;  // kept for good
+
+  static const TensorTypes& get() {
+    PYBIND11_CONSTINIT static pybind11::gil_safe_call_once_and_store<TensorTypes> kept;
+    return kept
+        .call_once_and_store_result([] {
+          namespace py = pybind11;
+          py::object tensor = py::module_::import("torch").attr("Tensor");
+          py::object parameter = py::module_::import("torch.nn").attr("Parameter");
+          return TensorTypes{tensor.release().ptr(), parameter.release().ptr()};
+        })
+        .get_stored();
+  }
+
+  bool has(PyObject* object) const {
+    PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+    return type == parameter || type == tensor;
+  }
+};
+
 // An attribute that torch computes, read without a search for its name where the tensor is of one
 // of torch's own two types.
 class TensorAttribute {
  public:
-  explicit TensorAttribute(const char* name) : name_(PyUnicode_InternFromString(name)) {
-    namespace py = pybind11;
-    tensor_ = py::object(py::module_::import("torch").attr("Tensor")).release().ptr();
-    parameter_ = py::object(py::module_::import("torch.nn").attr("Parameter")).release().ptr();
-    PyObject* const found = PyObject_GetAttr(tensor_, name_);
-    PyObject* const inherited = PyObject_GetAttr(parameter_, name_);
+  explicit TensorAttribute(const char* name)
+      : name_(PyUnicode_InternFromString(name)), types_(TensorTypes::get()) {
+    PyObject* const found = PyObject_GetAttr(types_.tensor, name_);
+    PyObject* const inherited = PyObject_GetAttr(types_.parameter, name_);
     PyErr_Clear();
     if (found != nullptr && found == inherited && Py_IS_TYPE(found, &PyGetSetDescr_Type))
       getter_ = reinterpret_cast<PyGetSetDescrObject*>(found)->d_getset;
   }
 
-  // Made once, by whoever is first, though an import may let other threads run meanwhile.
   static const TensorAttribute& grad() {
     PYBIND11_CONSTINIT static pybind11::gil_safe_call_once_and_store<TensorAttribute> kept;
     return kept.call_once_and_store_result([] { return TensorAttribute("grad"); }).get_stored();
@@ -126,16 +148,16 @@ class TensorAttribute {
   }
 
   pybind11::object of(PyObject* tensor) const {
-    PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
-    const bool plain = getter_ != nullptr && (type == parameter_ || type == tensor_);
-    PyObject* const value =
-        plain ? getter_->get(tensor, getter_->closure) : PyObject_GetAttr(tensor, name_);
+    PyObject* const value = getter_ != nullptr && types_.has(tensor)
+                                ? getter_->get(tensor, getter_->closure)
+                                : PyObject_GetAttr(tensor, name_);
     if (value == nullptr) throw pybind11::error_already_set();
     return pybind11::reinterpret_steal<pybind11::object>(value);
   }
 
  private:
-  PyObject *name_, *tensor_, *parameter_;  // kept for good
+  PyObject* name_;  // kept for good
+  const TensorTypes& types_;
   const PyGetSetDef* getter_ = nullptr;
 };
 
@@ -236,6 +258,86 @@ class TensorReader {
 
   const dlpack::ExchangeApi* api_;
   std::vector<std::unique_ptr<std::vector<int64_t>>> owned_;
+};
+
+// Fetches what a loop over tensors is about to look at. Objects, torch's records of them, and what
+// those point to are spread over memory, and a sweep or a training step drives them out of the
+// caches: each is asked for some turns before the next is found in it. Hints: nothing depends on
+// what is where, and a tensor of another type than torch's two is left alone.
+class Ahead {
+ public:
+  Ahead(PyObject* const* tensors, size_t n)
+      : tensors_(tensors), n_(n), word_(n > kRecords ? word_of_record(tensors[0]) : -1) {}
+  explicit Ahead(const pybind11::list& tensors)
+      : Ahead(reinterpret_cast<PyListObject*>(tensors.ptr())->ob_item, pybind11::len(tensors)) {}
+
+  // To be called in the i-th turn.
+  void turn(size_t i) const {
+    if (word_ < 0) return;
+    if (i + kObjects < n_) fetch(tensors_[i + kObjects], 2);
+    if (i + kRecords < n_)
+      if (const char* record = record_of(tensors_[i + kRecords])) fetch(record, 3);
+    if (i + kContents < n_)
+      if (const char* record = record_of(tensors_[i + kContents]))
+        for (int word : {2, 3})  // its storage, and what autograd keeps (behind a table and counts)
+          fetch(reinterpret_cast<const char* const*>(record)[word], 2);
+  }
+
+ private:
+  static constexpr size_t kObjects = 16, kRecords = 8, kContents = 4;  // turns ahead
+
+  static void fetch(const void* address, int lines) {
+    for (int line = 0; line < lines; ++line)
+      __builtin_prefetch(static_cast<const char*>(address) + 64 * line);
+  }
+
+  const char* record_of(PyObject* tensor) const {
+    return TensorTypes::get().has(tensor) ? words(tensor)[word_] : nullptr;
+  }
+
+  static const char* const* words(PyObject* tensor) {
+    return reinterpret_cast<const char* const*>(tensor);
+  }
+
+  // Which word of a Python tensor is the address of torch's record: the one shortly before the
+  // shape, which is a part of it where there are few dimensions. -1 as long as it is not known.
+  static int word_of_record(PyObject* tensor) {
+    static int known = -1;
+    if (known >= 0 || !TensorReader::has_exchange_api() || !TensorTypes::get().has(tensor))
+      return known;
+    TensorView view;
+    try {
+      view = TensorReader().read(tensor);
+    } catch (pybind11::error_already_set&) {
+      return known;
+    }
+    if (view.ndim > 4) return known;
+    const char* const shape = reinterpret_cast<const char*>(view.shape);
+    const int n = static_cast<int>(Py_TYPE(tensor)->tp_basicsize / sizeof(void*));
+    for (int k = 2; k < n && known < 0; ++k)
+      if (words(tensor)[k] < shape && shape < words(tensor)[k] + 256) known = k;
+    return known;
+  }
+
+  PyObject* const* tensors_;
+  size_t n_;
+  int word_;
+};
+
+// The same for tensors that nobody has yet: from where those of the last call were found.
+class Known {
+ public:
+  explicit Known(size_t rows) : at_(rows) {}
+  void note(size_t row, const void* object, const void* shape) { at_[row] = {object, shape}; }
+  void fetch(size_t row) const {
+    if (row >= at_.size()) return;
+    __builtin_prefetch(at_[row].first);
+    for (int line : {-64, 0, 64})  // of the record, about the shape
+      __builtin_prefetch(static_cast<const char*>(at_[row].second) + line);
+  }
+
+ private:
+  std::vector<std::pair<const void*, const void*>> at_;
 };
 
 }  // namespace pyreg

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -18,8 +15,6 @@ import pyreg
 from pyreg import dispatch
 from pyreg.backend import cuda
 from pyreg.dispatch import backend as backend_by_name
-
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
 
 sys.path.insert(0, str(Path(__file__).parent))  # for cases and oracle, under importlib mode
 
@@ -73,27 +68,16 @@ def on_host(tmp_path_factory):
     """pyreg._cuda over the kernels' code on the host: compiled from cuda/bindings.cpp and a launch
     that runs the kernels in loops, on CPU tensors."""
     pytest.importorskip("pyreg._native")
-    pybind11 = pytest.importorskip("pybind11")
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    name = "_cuda_on_host"
-    target = tmp_path_factory.mktemp("cuda") / (name + sysconfig.get_config_var("EXT_SUFFIX"))
-    defines = ("PYREG_LIBM_FMA", f"PYREG_MODULE={name}", "PYREG_DEVICE_TYPE=1")
-    includes = (CSRC, pybind11.get_include(), sysconfig.get_path("include"))
-    command = [
-        *(compiler, "-std=gnu++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-w"),
-        *("-fvisibility=hidden", '-DPYREG_DEVICE_NAME="cpu"'),
-        *(f"-D{d}" for d in defines),
-        *(f"-I{i}" for i in includes),
-        *(CSRC / "cuda/bindings.cpp", CSRC / "tests/launch_on_host.cpp", "-o", target),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    spec = importlib.util.spec_from_file_location(name, target)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    pytest.importorskip("pybind11")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[1])  # (bench is not installed)
+        from bench import builds
+    try:
+        return builds.bindings(tmp_path_factory.mktemp("cuda"), "launch_on_host.cpp", "-O1")
+    except FileNotFoundError as why:
+        pytest.skip(str(why))
+    except subprocess.CalledProcessError as error:
+        raise AssertionError(error.stderr[-3000:]) from None
 
 
 @pytest.fixture
