@@ -1,7 +1,8 @@
 """Workloads x penalties x ways: tables and targets, written to bench/results/<name>.json, .csv.
 
 `python -m bench PART ...` runs another part: compare, scaling, roofline, readme, optim, penalties,
-peers, overhead, host. `python -m bench all` runs everything, and writes every record, picture and figure.
+peers, overhead, host. `python -m bench all` runs everything, and writes every record, picture and
+figure.
 """
 
 from __future__ import annotations
@@ -20,8 +21,27 @@ from pyreg.profiling import LIMITS, WAYS, WORKLOADS, Record, Row, allocate, envi
 from . import builds, targets
 
 PENALTIES = (pyreg.L1(1e-5), pyreg.ElasticNet(1e-5, 1e-4))
-PARTS = ("compare", "scaling", "roofline", "readme", "optim", "penalties", "peers", "overhead", "host")
-RECORDED = ("scaling", "optim", "penalties", "peers", "overhead", "host", "roofline", "readme")  # in order
+PARTS = (
+    "compare",
+    "scaling",
+    "roofline",
+    "readme",
+    "optim",
+    "penalties",
+    "peers",
+    "overhead",
+    "host",
+)
+RECORDED = (
+    "scaling",
+    "optim",
+    "penalties",
+    "peers",
+    "overhead",
+    "host",
+    "roofline",
+    "readme",
+)  # in order
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -148,15 +148,16 @@ def table(rows: list[Row]) -> str:
 
 def main() -> int:
     torch.set_num_threads(1)
+    here = environment()
     with tempfile.TemporaryDirectory() as folder:
         stand_in_for_a_gpu(Path(folder))
         rows = measure()
-    where = asdict(environment())
+    where = asdict(here)
     with RESULTS.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*asdict(rows[0]), *where])
         writer.writeheader()
         writer.writerows({**asdict(row), **where} for row in rows)
-    print(environment(), table(rows), f"written: {RESULTS}", sep="\n\n")
+    print(here, table(rows), f"written: {RESULTS}", sep="\n\n")
     return 0
 
 

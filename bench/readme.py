@@ -192,6 +192,17 @@ def peers(rows: Sequence[Line]) -> str:
     return _lines(["", "version", "at", "GPT-2", "2,000 x 1,000", "the check said"], lines)
 
 
+def host(rows: Sequence[Line]) -> str:
+    """A call's time on the host of a GPU, without one, in us."""
+    lines = []
+    for tensors, call in dict.fromkeys((r["tensors"], r["call"]) for r in rows):
+        of_call = [r for r in rows if (r["tensors"], r["call"]) == (tensors, call)]
+        own = {r["backend"]: f"{1e6 * float(r['seconds']):,.0f}" for r in of_call}
+        beside = [f"{b}: {x}" for b, x in own.items() if b not in ("native", "triton")]
+        lines.append([f"{int(tensors):,}", call, own["native"], own["triton"], *(beside or ["-"])])
+    return _lines(["tensors", "call", "native", "Triton", "beside them"], lines)
+
+
 def overhead(rows: Sequence[Line]) -> str:
     """The shares of measuring, for each workload: the largest of its ways."""
     lines = []
@@ -238,6 +249,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "gpu_penalties": lambda: multiples(_sweeps("penalties-h200"), "penalty", "sweep"),
     "peers": lambda: peers(csv_rows("peers")),
     "overhead": lambda: overhead(csv_rows("overhead")),
+    "host": lambda: host(csv_rows("host")),
 }
 FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "bench" / "README.md")
 

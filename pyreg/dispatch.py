@@ -102,30 +102,22 @@ class Choice(NamedTuple):
 
 
 def choose(pack: Pack) -> Choice:
-    """The backend for a pack. One that can serve it is remembered, and asked no more, if those
-    before it are missing: one that refused may come to serve (see cuda.py's `unserved`).
+    """The backend for a pack.
 
     Raises:
         BackendError: one was asked for by name and cannot serve.
     """
     name = requested()
-    if (known := pack.choices.get(name)) is not None:
-        return known
     if name != "auto":
         b = backend(name, pack.device.type)
         if (why := b.missing() or b.refuses(pack, by_name=True)) is not None:
             raise BackendError(f"backend {name!r} cannot serve: {why}")
-        return pack.choices.setdefault(name, Choice(b, "asked for by name"))
-    passed, for_good = [], True
+        return Choice(b, "asked for by name")
+    passed = []
     for name in _CLASSES:
         b = backend(name, pack.device.type)
-        missing = b.missing()
-        if (why := missing or b.refuses(pack)) is None:
-            choice = Choice(b, "; ".join(passed))
-            if for_good:
-                pack.choices["auto"] = choice
-            return choice
-        for_good &= missing is not None
+        if (why := b.missing() or b.refuses(pack)) is None:
+            return Choice(b, "; ".join(passed))
         passed.append(f"{name}: {why}")
     raise AssertionError("the torch backend refuses nothing")
 

@@ -37,6 +37,8 @@ def count(counters: list[Tensor]) -> list[float] | Tensor | None:
     """
     if not counters:
         return []
+    if not all(isinstance(c, Tensor) for c in counters):
+        return None
     devices = {c.device for c in counters}
     on_cpu = devices == {torch.device("cpu")}
     if on_cpu and not isinstance(native := load(), str):

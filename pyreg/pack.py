@@ -316,7 +316,11 @@ class Pack:
     anchors: list[Pair] | None = None  # [rows] held; None if no row has any
     anchor_dtypes: list[tuple[torch.dtype | None, ...]] = field(default_factory=list)
     layouts: dict[str, Any] = field(default_factory=dict)  # what each backend keeps for the pack
-    choices: dict[str, Any] = field(default_factory=dict)  # what `dispatch.choose` remembers
+
+    @cached_property
+    def is_wide(self) -> bool:
+        """Whether any row is float64."""
+        return any(dtype == torch.float64 for dtype, *_ in self.geometry)
 
     def take(self, items: Sequence[Any]) -> list[Any]:
         """This pack's part of a list that runs beside the tensors."""
@@ -450,7 +454,7 @@ class Packs:
         """The packs of `tensors`, as they were at the last look."""
         if self._packs is None:
             self._packs = build(tensors, label, self.rule_of, self.penalties, self.anchors)
-            wide = any(dtype == torch.float64 for p in self._packs for dtype, *_ in p.geometry)
+            wide = any(p.is_wide for p in self._packs)
             self.value_dtype = torch.float64 if wide else torch.float32
         return self._packs
 

@@ -6,7 +6,9 @@ tensors. Results must be the CPU sweeps' to the bit. Streams, real captures and 
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -16,11 +18,12 @@ from swept import flat, moments
 from torch import nn
 
 import pyreg
-from pyreg import doctor
+from pyreg import dispatch, doctor
 from pyreg.backend import cuda, native
 from pyreg.backend.torch import apply_prox_in_metric, taken
 from pyreg.metric import Metric
 from pyreg.pack import Packs, label
+from pyreg.reference import value_dtype
 
 CAPTURING = cuda._Queue(torch.device("cpu"), 0, True, cuda._CAPTURED)
 
@@ -360,3 +363,26 @@ def test_why_cuda_is_off(monkeypatch):
     monkeypatch.setattr(cuda, "load", lambda: "built without CUDA (test)")
     assert cuda.CudaBackend().missing() == "built without CUDA (test)"
     assert "native CUDA sweeps: off, built without CUDA (test)" in doctor.diagnose()
+
+
+def test_what_a_capture_could_not_find_out_is_asked_after_it(kernels, on_host, monkeypatch):
+    pack = pack_of([torch.ones(3)], [pyreg.L1(1.0)])
+    monkeypatch.setattr(on_host, "unserved", lambda device: "no kernel image")
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda, "_current", lambda device: CAPTURING)
+        assert dispatch.choose(pack).backend.name == "native"
+    with pytest.raises(pyreg.BackendError, match="no kernel image"):
+        dispatch.choose(pack)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_a_sweep_left_can_be_saved_and_copied(kernels, dtype, tmp_path):
+    w = nn.Parameter(torch.full((3,), 2.0, dtype=dtype))
+    w.grad = torch.zeros_like(w)
+    reg = pyreg.Regularizer({"w": w}, {"w": pyreg.ElasticNet(1.0, 0.5)})
+    assert reg.accumulate_().item() == 12.0
+    torch.save(reg, tmp_path / "reg")
+    loaded = torch.load(tmp_path / "reg", weights_only=False)
+    for other in (reg, loaded, copy.deepcopy(reg), pickle.loads(pickle.dumps(reg))):
+        assert other.last_value["w"].item() == 12.0
+        assert other.last_value["w"].dtype == value_dtype(dtype)

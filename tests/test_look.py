@@ -64,7 +64,7 @@ def test_counters(asked):
     assert asked.count(counters) == [2.0, 42.0]
     assert [c.item() for c in counters] == [2.0, 42.0]
     assert asked.count([]) == []
-    for other in (torch.tensor(1), torch.ones(1), torch.ones((), device="meta")):
+    for other in (torch.tensor(1), torch.ones(1), torch.ones((), device="meta"), 1, None):
         assert asked.count([counters[0], other]) is None
     assert counters[0] == 2.0
     found = asked.count([torch.zeros((), device="meta")] * 2)  # as on a GPU

@@ -25,9 +25,10 @@ namespace py = pybind11;
 namespace pyreg::cuda {
 namespace {
 
-// Where launches go and what memory they have, results apart. `table` is called only when the tensors do not fit
-// into the launch: with bytes, which it copies to the device on the launch's stream; or with the
-// address of the last copy, when nothing has changed. It returns the address, valid on that stream.
+// Where launches go and what memory they have, results apart. `table` is called only when the
+// tensors do not fit into the launch: with bytes, which it copies to the device on the launch's
+// stream; or with the address of the last copy, when nothing has changed. It returns the address,
+// valid on that stream.
 struct Target {
   uintptr_t scratch, stream;
   py::function table;
@@ -302,7 +303,8 @@ PYBIND11_MODULE(PYREG_MODULE, m) {
            py::arg("tensors"), py::arg("rule_of"), py::arg("penalties"), py::arg("device"))
       .def_property_readonly("by_value", &Layout::by_value)
       .def("scratch_bytes", &Layout::scratch_bytes)
-      .def("value", &Layout::value, py::arg("tensors"), py::arg("strengths"), py::arg("out"), py::arg("target"))
+      .def("value", &Layout::value, py::arg("tensors"), py::arg("strengths"), py::arg("out"),
+           py::arg("target"))
       .def("gradient", &Layout::gradient, py::arg("tensors"), py::arg("grads"),
            py::arg("strengths"), py::arg("scale"), py::arg("target"))
       .def("accumulate", &Layout::accumulate, py::arg("tensors"), py::arg("strengths"),
@@ -310,7 +312,8 @@ PYBIND11_MODULE(PYREG_MODULE, m) {
       .def("prox", &Layout::prox, py::arg("tensors"), py::arg("strengths"), py::arg("step"),
            py::arg("target"))
       .def("prox_in_metric", &Layout::prox_in_metric, py::arg("tensors"), py::arg("moments"),
-           py::arg("numbers"), py::arg("root"), py::arg("strengths"), py::arg("out"), py::arg("target"))
+           py::arg("numbers"), py::arg("root"), py::arg("strengths"), py::arg("out"),
+           py::arg("target"))
       .def("step", &Layout::step, py::arg("tensors"), py::arg("states"), py::arg("updates"),
            py::arg("sets"), py::arg("numbers"), py::arg("penalised"), py::arg("prox"),
            py::arg("strengths"), py::arg("scale"), py::arg("masters"), py::arg("keys"),

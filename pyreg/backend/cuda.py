@@ -162,7 +162,6 @@ class _State:
     def __init__(self, pack: Pack, tensors: list[Tensor]) -> None:
         device = pack.device
         self.layout = load().Layout(tensors, pack.rule_of, list(pack.penalties), device.index or 0)
-        self.wide = any(dtype == torch.float64 for dtype, *_ in pack.geometry)
         self._device = device
         self._tables: dict[str, _Table] = {}  # by sweep
         self._targets: dict[tuple[str, int], Any] = {}  # by sweep and stream
@@ -414,19 +413,22 @@ class CudaBackend:
 
     def _out(self, pack: Pack, columns: int | None = None) -> Tensor:
         """[1 + rules * columns + rules + 2] float64: the value, each rule's sums (after a step its
-        zeros too), each rule's value, the value as float32, the zeros. As twice as many float32."""
+        zeros too), each rule's value, the value as float32, the zeros.
+
+        As twice as many float32 unless a row is float64: the value is one of those, without a
+        launch to convert it, and what is saved lies in memory of one dtype.
+        """
         columns = load().max_sums if columns is None else columns
         size = 3 + len(pack.penalties) * (columns + 1)
+        if pack.is_wide:
+            return torch.empty(size, dtype=torch.float64, device=pack.device)
         return torch.empty(2 * size, dtype=torch.float32, device=pack.device)
 
     def _of_rules(self, pack: Pack, out: Tensor) -> Left:
         return Left(out, torch.float64, slice(-2 - len(pack.penalties), -2))
 
     def _value(self, pack: Pack, out: Tensor) -> Tensor:
-        """As float32 if no tensor is float64: that saves a launch to convert it."""
-        if pack.layouts[self.name].wide:
-            return out.view(torch.float64)[0]
-        return out.select(0, -4)
+        return out.select(0, 0 if pack.is_wide else -4)
 
     def _state(self, pack: Pack, tensors: list[Tensor]) -> _State:
         state = pack.layouts.get(self.name)
