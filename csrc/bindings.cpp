@@ -257,6 +257,30 @@ py::tuple with_moments(Look& look, const py::list& tensors, const py::list& mome
                         beside.others);
 }
 
+// (states, float32, masters), or None where no sweep can walk them.
+py::object states(Look& look, const std::vector<py::list>& given, const py::list& masters) {
+  const size_t rows = look.rows().size();
+  const auto one_each = [rows](const py::list& list) { return py::len(list) == rows; };
+  if (given.size() > kMaxStates || !std::all_of(given.begin(), given.end(), one_each) ||
+      !(masters.empty() || one_each(masters)))
+    throw py::value_error("at most three states, and a master, per tensor");
+  TensorReader reader;
+  std::vector<Pointers> found(kMaxStates + 1, Pointers(rows));
+  std::string flags(rows, 0);
+  for (size_t i = 0; i < rows; ++i) {
+    void* pointers[kMaxStates] = {};
+    bool float32 = false;
+    if (!look.states(i, given, masters, reader, pointers, &found[kMaxStates][i], float32))
+      return py::none();
+    for (int k = 0; k < kMaxStates; ++k) found[k][i] = pointers[k];
+    flags[i] = float32;
+  }
+  if (!look.states_are_apart()) return py::none();
+  py::list lists;
+  for (size_t k = 0; k < given.size(); ++k) lists.append(as_bytes(found[k]));
+  return py::make_tuple(lists, py::bytes(flags), as_bytes(found[kMaxStates]));
+}
+
 Shown with_gradients(Look& look, const py::list& tensors, const py::list& grads) {
   TensorReader reader;
   return look.with_gradients(tensors, grads, reader);
@@ -320,6 +344,7 @@ PYBIND11_MODULE(_native, m) {
       .def("separate_tensors", &pyreg::separate_tensors, py::arg("tensors"))
       .def("anchors", &pyreg::anchors)
       .def("with_moments", &pyreg::with_moments, py::arg("tensors"), py::arg("moments"))
+      .def("states", &pyreg::states, py::arg("states"), py::arg("masters"))
       .def("with_gradients", &pyreg::with_gradients, py::arg("tensors"), py::arg("grads"))
       .def("with_own_gradients", &pyreg::with_own_gradients, py::arg("tensors"));
 }

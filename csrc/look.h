@@ -129,8 +129,8 @@ class Look {
         gradients_(rule_of.size()),
         known_gradients_(rule_of.size()),
         gradient_bytes_(rule_of.size()),
-        states_(kMaxStates, Places(rule_of.size())),
-        masters_(rule_of.size()),
+        beside_((kMaxStates + 1) * rule_of.size()),
+        beside_bytes_((kMaxStates + 1) * rule_of.size()),
         origins_(rule_of.size()),
         masses_(rule_of.size()) {
     if (rule_of.size() != pybind11::len(tensors))
@@ -204,7 +204,7 @@ class Look {
       ahead.turn(i);
       PyObject* const tensor = PyList_GET_ITEM(moments.ptr(), i);
       if (tensor == Py_None) continue;
-      const auto found = moment(i, tensor, reader, states_[0]);
+      const auto found = moment(i, tensor, reader, i);
       if (beside.w[i] == nullptr) continue;
       if (found) {
         std::tie(beside.moments[i], beside.float32[i]) = *found;
@@ -216,34 +216,40 @@ class Look {
     return beside;
   }
 
-  // Where states[k][i] lies, the k-th state of tensors[i], or None; null for that. Sets `float32`
-  // where they are and the row is not. False: the caller must see to the row, as states have other
-  // strides, or dtypes that are neither float32 nor the row's own, or are not all alike.
-  bool states(size_t i, const std::vector<pybind11::list>& given, TensorReader& reader,
-              void** pointers, bool& float32) {
+  // Where states[k][i] lies, the k-th state of tensors[i], and masters[i], its float32 weights;
+  // null for None, and where there are no masters. Sets `float32` where the states are and the row
+  // is not. False: the caller must see to the row, as what lies beside it has other strides than
+  // it, or dtypes that are neither float32 nor the row's own, or, of states, are not all alike.
+  bool states(size_t i, const std::vector<pybind11::list>& given, const pybind11::list& masters,
+              TensorReader& reader, void** pointers, void** master, bool& float32) {
     bool fine = true;
     std::optional<bool> kind;
-    for (size_t k = 0; k < given.size(); ++k) {
-      PyObject* const tensor = PyList_GET_ITEM(given[k].ptr(), i);
-      if (tensor == Py_None) continue;
-      const auto found = moment(i, tensor, reader, states_[k]);
-      fine = fine && found && kind.value_or(found->second) == found->second;
+    for (size_t k = 0; k <= kMaxStates; ++k) {
+      const size_t at = k * rows_.size() + i;
+      const bool is_master = k == kMaxStates;
+      const pybind11::list* const list = is_master          ? &masters
+                                         : k < given.size() ? &given[k]
+                                                            : nullptr;
+      const bool none = list == nullptr || PyList_GET_SIZE(list->ptr()) == 0;
+      PyObject* const tensor = none ? Py_None : PyList_GET_ITEM(list->ptr(), i);
+      if (tensor == Py_None) {
+        if (!beside_.at(at, nullptr)) beside_.note(at, nullptr);
+        continue;
+      }
+      const auto found = moment(i, tensor, reader, at);
+      fine = fine && found &&
+             (is_master ? found->second : kind.value_or(found->second) == found->second);
       if (!fine) continue;
-      pointers[k] = found->first;
-      kind = found->second;
+      beside_bytes_[at] = rows_[i].numel * (found->second ? 4 : item_size(rows_[i].dtype));
+      *(is_master ? master : pointers + k) = found->first;
+      if (!is_master) kind = found->second;
     }
     float32 = kind.value_or(false);
     return fine;
   }
 
-  // Where masters[i] lies, the float32 weights of tensors[i], or None; false: as above.
-  bool master(size_t i, const pybind11::list& masters, TensorReader& reader, void** pointer) {
-    PyObject* const tensor = PyList_GET_ITEM(masters.ptr(), i);
-    if (tensor == Py_None) return true;
-    const auto found = moment(i, tensor, reader, masters_);
-    if (found) *pointer = found->first;
-    return found && found->second;
-  }
+  // Whether no two of the states and masters of the last look share memory.
+  bool states_are_apart() { return beside_.overlapping(beside_bytes_).empty(); }
 
   // Where the anchors are now, if there are any: tensors of their row's shape and strides, in any
   // swept dtype. To be asked after the tensors, which must lie elsewhere.
@@ -348,12 +354,12 @@ class Look {
   }
 
   // A moment's address and whether it is float32 and not the row's own dtype; or nothing, where its
-  // strides are others or its dtype is neither.
+  // strides are others or its dtype is neither. `place` is its own in beside_.
   std::optional<std::pair<void*, bool>> moment(size_t i, PyObject* tensor, TensorReader& reader,
-                                               Places& places) {
+                                               size_t place) {
     const TensorView view = read_as<pybind11::value_error>(tensor, i, reader);
-    if (!lies_beside(view, i) || !in_memory(view, tensor, i, places))
-      throw pybind11::value_error("row " + std::to_string(i) + ": a moment unlike its tensor");
+    if (!lies_beside(view, i) || !in_memory(view, tensor, place, beside_))
+      throw pybind11::value_error("row " + std::to_string(i) + ": a state unlike its tensor");
     const bool own = view.dtype == rows_[i].dtype;
     if (!view.same_strides(row(i)) || (!own && view.dtype != DType::kFloat32)) return {};
     return std::make_pair(view.data, !own);
@@ -435,8 +441,8 @@ class Look {
   Places weights_, gradients_;
   Known known_gradients_;
   std::vector<int64_t> gradient_bytes_;  // [rows] from its address on, all its own
-  std::vector<Places> states_;
-  Places masters_;
+  Places beside_;                        // [kMaxStates + 1][rows] states, or a moment; masters
+  std::vector<int64_t> beside_bytes_;
   Places origins_, masses_;
 };
 

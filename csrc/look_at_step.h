@@ -19,7 +19,7 @@ constexpr int kStatesOf[] = {PYREG_UPDATES(PYREG_STATES)};
 // or for each row what its random roundings begin with, or nothing where it is rounded to nearest.
 //
 // Returns the rows' updates, without numbers and metric; or nothing where no sweep can visit a row:
-// it shares memory with another, or what lies beside it has other strides or dtypes.
+// it shares memory with another, or what lies beside it does or has other strides or dtypes.
 inline std::optional<std::vector<Update>> look_at_step(
     Look& look, const Shown& shown, const std::vector<pybind11::list>& states,
     const std::vector<int>& updates, const std::string& penalised, const pybind11::list& masters,
@@ -42,8 +42,8 @@ inline std::optional<std::vector<Update>> look_at_step(
     update.penalised = penalised[i] != 0;
     if (update.update < 0 || update.update >= kUpdates)
       throw pybind11::value_error("no such update");
-    if (!look.states(i, states, reader, update.states, update.float32)) return {};
-    if (!masters.empty() && !look.master(i, masters, reader, &update.master)) return {};
+    if (!look.states(i, states, masters, reader, update.states, &update.master, update.float32))
+      return {};
     if (!keys.empty() && keys[i]) {
       update.at_random = true;
       update.key = *keys[i];
@@ -59,6 +59,7 @@ inline std::optional<std::vector<Update>> look_at_step(
       if (update.states[k] == nullptr && row.numel > 0)
         throw pybind11::value_error("row " + std::to_string(i) + ": a state is missing");
   }
+  if (!look.states_are_apart()) return {};
   return found;
 }
 

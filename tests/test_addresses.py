@@ -117,6 +117,44 @@ def test_given_gradients(look_at):
     assert (shown.tensors, shown.gradients) == (at(*w), at(*grads))
 
 
+def test_states(look_at):
+    """Of the tensor's dtype or all float32, or none, and float32 masters of 16-bit tensors."""
+    w = [torch.ones(4, 6, dtype=torch.bfloat16) for _ in range(3)] + [torch.ones(5)]
+    first, second = [[t.clone() for t in w] for _ in range(2)]
+    first[1], second[1] = first[1].float(), second[1].float()
+    first[2] = second[2] = None
+    masters = [None, w[1].float(), None, None]
+    look = look_at(w)
+    for given in ([], masters, []):
+        found = look.states([first, second], given)
+        assert found.states == [at(*first), at(*second)]
+        assert found.float32 == bytes([0, 1, 0, 0])
+        assert found.masters == at(*(given or [None] * 4))
+    assert look.states([first], []).states == [at(*first)]
+
+    def with_one(i: int, state: torch.Tensor | None) -> list[torch.Tensor | None]:
+        return [state if k == i else t for k, t in enumerate(first)]
+
+    for bad in (
+        first[0].float(),  # the other is not
+        first[0].half(),
+        first[0].t().contiguous().t(),
+        second[0],  # in the memory of the other
+    ):
+        assert look.states([with_one(0, bad), second], []) is None
+    assert look.states([with_one(0, torch.ones(4, 6)), second], []) is None
+    shared = torch.ones(4, 6, dtype=torch.bfloat16)
+    for given in ([[shared] * 2, [shared.clone(), shared]], [[shared, None], [None, shared]]):
+        rows = [[*kind, None, None] for kind in given]
+        assert look.states(rows, []) is None
+    assert look.states([first, second], [second[1], None, None, None]) is None  # shared, too
+    assert look.states([first, second], [w[0].clone(), None, None, None]) is None  # not float32
+    for bad in (torch.ones(6, 4), torch.ones(4, 6, device="meta"), torch._neg_view(w[0].clone())):
+        with pytest.raises(ValueError, match="row 0"):
+            look.states([with_one(0, bad), second], [])
+    assert look.states([first, second], masters).states == [at(*first), at(*second)]
+
+
 def test_moments(look_at):
     """Of the tensor's dtype or float32, or none; others are the caller's, and rows that overlap."""
     memory = torch.ones(5)

@@ -235,7 +235,7 @@ def test_what_a_step_refuses(kernels):
     step(shared)
     for message, change in (
         ("row 2: a state is missing", lambda made: made.states[1].__setitem__(2, None)),
-        ("row 2: a moment unlike", lambda made: made.states[1].__setitem__(2, torch.ones(3))),
+        ("row 2: a state unlike", lambda made: made.states[1].__setitem__(2, torch.ones(3))),
         ("no such set", lambda made: made.sets.__setitem__(2, 2)),
         ("one set of numbers per tensor", lambda made: made.sets.pop()),
         ("a gradient is missing", lambda made: setattr(made.tensors[2], "grad", None)),

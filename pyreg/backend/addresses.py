@@ -47,6 +47,14 @@ class Beside(NamedTuple):
     others: list[int]  # rows that share memory, or whose moment has other strides or another dtype
 
 
+class States(NamedTuple):
+    """Where an optimizer's states lie beside the tensors, and its masters of them."""
+
+    states: list[bytes]  # of each kind of state, 0 for none
+    float32: bytes  # of each row, whether (1) its states are float32 and it is not
+    masters: bytes  # 0 for none
+
+
 class CompiledLook:
     def __init__(self, pack: Pack, tensors: list[Tensor]) -> None:
         self._native = load()
@@ -66,6 +74,19 @@ class CompiledLook:
 
     def with_moments(self, tensors: list[Tensor], moments: list[Tensor | None]) -> Beside:
         return Beside(*self._ask("with_moments", tensors, moments))
+
+    def states(
+        self, states: Sequence[list[Tensor | None]], masters: list[Tensor | None]
+    ) -> States | None:
+        """`masters`: one for each tensor, or nothing. None where no sweep can walk them: some share
+        memory, have other strides than their tensor, or dtypes that are neither float32 nor its
+        own, or not alike.
+
+        Raises:
+            ValueError: one that cannot be its tensor's.
+        """
+        found = self._ask("states", states, masters)
+        return None if found is None else States(*found)
 
     def with_gradients(self, tensors: list[Tensor], grads: list[Tensor | None]) -> Any:
         return self._ask("with_gradients", tensors, grads)
@@ -89,7 +110,8 @@ class PythonLook:
         self._pack = pack
         self._bytes = [shape.numel() * dtype.itemsize for dtype, shape, _ in pack.geometry]
         self._pairs = [t for pair in pack.anchors or () for t in pair]
-        self._weights = self._gradients = self._anchors = _Seen([], [])
+        self._weights = self._gradients = self._anchors = self._states = _Seen([], [])
+        self._found: States | None = None
 
     def tensors(self, tensors: list[Tensor]) -> bytes:
         return self._look(tensors).addresses
@@ -108,7 +130,7 @@ class PythonLook:
             if m is None:
                 continue
             if m.shape != t.shape or m.device != t.device or m.is_neg() or is_freed(m):
-                raise ValueError(f"row {i}: a moment unlike its tensor")
+                raise ValueError(f"row {i}: a state unlike its tensor")
             if m.stride() != t.stride() or m.dtype not in (t.dtype, torch.float32):
                 others.add(i)
             flags[i] = m.dtype != t.dtype
@@ -133,67 +155,46 @@ class PythonLook:
     def with_own_gradients(self, tensors: list[Tensor]) -> Shown:
         return self.with_gradients(tensors, list(map(_grad, tensors)))
 
-    def _look(self, tensors: list[Tensor]) -> _Seen:
-        if not (self._weights.is_of(tensors) and self._anchors.is_of(self._pairs)):
-            self._pack.check_rows(tensors)
-            self._weights = _Seen(tensors, self._bytes)
-            self._anchors = _Seen(self._pairs, [0] * len(self._pairs))
-        return self._weights
-
-
-class States(NamedTuple):
-    """Where an optimizer's states lie beside the tensors, and its masters of them."""
-
-    states: list[bytes]  # of each kind of state, 0 for none
-    float32: bytes  # of each row, whether (1) its states are float32 and it is not
-    masters: bytes  # 0 for none
-
-
-class StatesLook:
-    """A look at states and masters, at every call; in Python, as it mostly compares."""
-
-    def __init__(self, pack: Pack) -> None:
-        self._geometry, self._device = pack.geometry, pack.device
-        self._seen, self._found = _Seen([], []), None
-
-    def __call__(
-        self, states: Sequence[Sequence[Tensor | None]], masters: Sequence[Tensor | None]
+    def states(
+        self, states: Sequence[list[Tensor | None]], masters: list[Tensor | None]
     ) -> States | None:
-        """None where no sweep can walk them: some share memory, have other strides than their
-        tensor, or dtypes that are neither float32 nor its own, or not alike.
-
-        Raises:
-            ValueError: one that cannot be its tensor's.
-        """
+        masters = masters or [None] * len(self._bytes)
         given = [t for kind in (*states, masters) for t in kind]
-        if not self._seen.is_of(given):
+        if not self._states.is_of(given):
             beside = [list(kinds) for kinds in zip(*states, masters, strict=True)]
             fine = [self._fit(i, kinds) for i, kinds in enumerate(beside)]
             sizes = [0 if t is None else t.numel() * t.element_size() for t in given]
-            self._seen, self._found = _Seen(given, sizes), None
-            if all(fine) and not self._seen.overlapping:
+            self._states, self._found = _Seen(given, sizes), None
+            if all(fine) and not self._states.overlapping:
                 *addresses, last = map(_addresses, (*states, masters))
                 wide = (
                     any(t is not None and t.dtype != dtype for t in own)
-                    for (*own, _), (dtype, *_) in zip(beside, self._geometry, strict=True)
+                    for (*own, _), (dtype, *_) in zip(beside, self._pack.geometry, strict=True)
                 )
                 self._found = States(addresses, bytes(wide), last)
         return self._found
 
     def _fit(self, i: int, beside: list[Tensor | None]) -> bool:
         """Whether what lies beside row i, its states and its master, can be swept with it."""
-        dtype, shape, strides = self._geometry[i]
+        dtype, shape, strides = self._pack.geometry[i]
         states, master = [t for t in beside[:-1] if t is not None], beside[-1]
         there = states if master is None else [*states, master]
         for t in there:
-            if t.shape != shape or t.device != self._device or t.is_neg() or is_freed(t):
+            if t.shape != shape or t.device != self._pack.device or t.is_neg() or is_freed(t):
                 raise ValueError(f"row {i}: a state unlike its tensor")
         dtypes = {t.dtype for t in states}
         return (
             all(t.stride() == strides for t in there)
             and (dtypes <= {dtype} or dtypes == {torch.float32})
-            and (master is None or master.dtype == torch.float32)
+            and (master is None or (master.dtype == torch.float32 and dtype != torch.float32))
         )
+
+    def _look(self, tensors: list[Tensor]) -> _Seen:
+        if not (self._weights.is_of(tensors) and self._anchors.is_of(self._pairs)):
+            self._pack.check_rows(tensors)
+            self._weights = _Seen(tensors, self._bytes)
+            self._anchors = _Seen(self._pairs, [0] * len(self._pairs))
+        return self._weights
 
 
 def look_at(pack: Pack, tensors: list[Tensor]) -> CompiledLook | PythonLook:

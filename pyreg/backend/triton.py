@@ -17,7 +17,7 @@ from torch import Tensor
 from ..metric import Metric, Number
 from ..pack import Pack
 from ..penalties import Penalty, stack_strengths
-from .addresses import StatesLook, look_at
+from .addresses import look_at
 from .torch import Left, add_gradient, apply_prox, apply_prox_in_metric, flat_sets
 
 
@@ -41,7 +41,6 @@ class _State:
     def __init__(self, pack: Pack, tensors: list[Tensor]) -> None:
         pack.check_rows(tensors)
         self.look = look_at(pack, tensors)
-        self.look_at_states = StatesLook(pack)
         self.layout = load().Layout(tensors, pack.rule_of, list(pack.penalties), pack.anchors)
         # By stream, as one does not wait for another: numbers, and they on the device.
         self.strengths: dict[int, tuple[tuple, Tensor]] = {}
@@ -217,7 +216,7 @@ class TritonBackend:
         shown = state.look.with_own_gradients(tensors)
         if shown.present != rows:
             raise ValueError("a gradient is missing")
-        beside = state.look_at_states(states, masters or [None] * rows)
+        beside = state.look.states(states, masters or [])
         if shown.others or state.look.separate_tensors(tensors)[1] or beside is None:
             return None
         none = [bytes(8 * rows)] * (3 - len(states))
