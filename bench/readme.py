@@ -197,7 +197,7 @@ def host(rows: Sequence[Line]) -> str:
     lines = []
     for tensors, call in dict.fromkeys((r["tensors"], r["call"]) for r in rows):
         of_call = [r for r in rows if (r["tensors"], r["call"]) == (tensors, call)]
-        own = {r["backend"]: f"{1e6 * float(r['seconds']):,.0f}" for r in of_call}
+        own = {r["by"]: f"{1e6 * float(r['seconds']):,.0f}" for r in of_call}
         beside = [f"{b}: {x}" for b, x in own.items() if b not in ("native", "triton")]
         lines.append([f"{int(tensors):,}", call, own["native"], own["triton"], *(beside or ["-"])])
     return _lines(["tensors", "call", "native", "Triton", "beside them"], lines)
