@@ -10,7 +10,7 @@ A backend has
   `pack.penalties`. Each may raise StaleLayout, before anything is written:
 
   - `value(pack, tensors, rules) -> (value, sums)`: 0-dim float64, or float32 where no tensor is
-    float64; [rules, strengths] derivatives by the strengths (whatever `torch.taken` takes);
+    float64; [rules, strengths] derivatives by the strengths (whatever torch.py's `taken` takes);
   - `gradient(pack, tensors, grads, rules, scale)`: grads[i] = scale * gradient, None left out;
   - `accumulate(pack, tensors, rules, scale) -> (value, of_rules, present)`: .grad += scale *
     gradient where there is one; how many there were; [rules] each rule's value, as above;
