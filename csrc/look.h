@@ -336,7 +336,7 @@ class Look {
     const Ahead ahead(tensors);
     for (size_t i = 0; i < rows_.size(); ++i) {
       ahead.turn(i);
-      known_gradients_.fetch(i + 8);
+      known_gradients_.turn(i);
       shown.alive.push_back(gradient(i));
       shown.present += !shown.alive.back().is_none();
     }

@@ -292,7 +292,7 @@ class Ahead {
   }
 
   const char* record_of(PyObject* tensor) const {
-    return TensorTypes::get().has(tensor) ? words(tensor)[word_] : nullptr;
+    return types_.has(tensor) ? words(tensor)[word_] : nullptr;
   }
 
   static const char* const* words(PyObject* tensor) {
@@ -319,6 +319,7 @@ class Ahead {
     return known;
   }
 
+  const TensorTypes& types_ = TensorTypes::get();
   PyObject* const* tensors_;
   size_t n_;
   int word_;
@@ -329,14 +330,18 @@ class Known {
  public:
   explicit Known(size_t rows) : at_(rows) {}
   void note(size_t row, const void* object, const void* shape) { at_[row] = {object, shape}; }
-  void fetch(size_t row) const {
-    if (row >= at_.size()) return;
+
+  // To be called in the turn of a row.
+  void turn(size_t row) const {
+    if ((row += kAhead) >= at_.size()) return;
     __builtin_prefetch(at_[row].first);
     for (int line : {-64, 0, 64})  // of the record, about the shape
       __builtin_prefetch(static_cast<const char*>(at_[row].second) + line);
   }
 
  private:
+  static constexpr size_t kAhead = 8;
+
   std::vector<std::pair<const void*, const void*>> at_;
 };
 
