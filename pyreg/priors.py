@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from numbers import Real
 
-from .penalties import L1, L2, check_strength
+from .penalties import L1, L2
+from .strengths import check_strength
 
 
 def laplace(scale: float, n: int) -> L1:

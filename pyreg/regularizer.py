@@ -21,12 +21,10 @@ from .pack import Packs, Pair, check, check_gradients, check_memory, check_pair,
 from .penalties import (
     Penalty,
     check_differentiable,
-    check_scale,
-    check_strength,
     check_strengths,
-    check_weight,
 )
 from .stats import Stats
+from .strengths import check_scale, check_strength, check_weight
 
 
 class _Group:

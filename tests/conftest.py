@@ -60,7 +60,7 @@ def swept(native, monkeypatch):
     def by_torch(*args):
         raise AssertionError("this step was not one sweep")
 
-    monkeypatch.setattr(pyreg.optim.fused.Fused, "_step_by_torch", by_torch)
+    monkeypatch.setattr(pyreg.optim.fused, "step_by_torch", by_torch)
 
 
 @pytest.fixture(scope="session")

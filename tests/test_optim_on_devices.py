@@ -11,7 +11,7 @@ from trained import NET, ONE_EACH, make, minimizing, net, same
 
 import pyreg
 from pyreg import optim
-from pyreg.optim import fused, precision
+from pyreg.optim import fused, parts, precision
 
 PRECISIONS = {
     "float64": (torch.float64, {}),
@@ -23,7 +23,7 @@ PRECISIONS = {
 @pytest.fixture
 def two_devices(monkeypatch):
     """Weights on one, biases on the other."""
-    monkeypatch.setattr(fused, "place_of", lambda t: t.dim())
+    monkeypatch.setattr(parts, "place_of", lambda t: t.dim())
 
 
 def step(opt, model, k: int, without: str = "") -> None:
@@ -44,7 +44,7 @@ def test_one_sweep_of_each(swept, monkeypatch, name, options, mode, precision):
     pair = []
     for places in (1, 2):
         if places == 2:
-            monkeypatch.setattr(fused, "place_of", lambda t: t.dim())
+            monkeypatch.setattr(parts, "place_of", lambda t: t.dim())
         model = net(dtype)
         reg = pyreg.Regularizer(model, {"0.*": pyreg.L1(0.02), "2.weight": NET})
         opt = make(optim, name, model, minimizing(options), regularizer=reg, mode=mode, **how)
@@ -69,13 +69,13 @@ def test_one_sweep_of_each(swept, monkeypatch, name, options, mode, precision):
 def test_a_device_that_falls_back(native, two_devices, monkeypatch, name, options, mode, precision):
     """An anchor on the weights sends them to torch's step, and the biases are swept."""
     dtype, how = PRECISIONS[precision]
-    options, fell, fall = minimizing(options), [], fused.Fused._step_by_torch
+    options, fell, fall = minimizing(options), [], fused.step_by_torch
 
-    def by_torch(self, part, tensors, wide):
+    def by_torch(optimizer, part, tensors, wide):
         fell.append([t.dim() for t in tensors])
-        return fall(self, part, tensors, wide)
+        return fall(optimizer, part, tensors, wide)
 
-    monkeypatch.setattr(fused.Fused, "_step_by_torch", by_torch)
+    monkeypatch.setattr(fused, "step_by_torch", by_torch)
     pair = []
     for places in (2, 1):
         model = net(dtype)
@@ -85,7 +85,7 @@ def test_a_device_that_falls_back(native, two_devices, monkeypatch, name, option
         if places == 2:
             opt = make(optim, name, model, options, regularizer=reg, mode=mode, **how)
         else:
-            monkeypatch.setattr(fused, "place_of", lambda t: 0)
+            monkeypatch.setattr(parts, "place_of", lambda t: 0)
             opt = make(optim, name, model, options, regularizer=reg, mode=mode, **how)
         for k in range(4):
             step(opt, model, k, without="2.bias" if k == 1 else "")

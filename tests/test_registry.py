@@ -21,7 +21,8 @@ LAYERS = [
     ["optim"],
     ["optim.optimizers"],
     ["optim.fused"],
-    ["optim.arguments", "optim.precision"],
+    ["optim.by_torch"],
+    ["optim.arguments", "optim.parts", "optim.precision"],
     ["regularizer"],
     ["attachment", "members"],
     ["functional"],
@@ -36,6 +37,7 @@ LAYERS = [
     ["backend.torch"],
     ["pack", "coverage", "stats", "priors", "metric", "schedules"],
     ["penalties", "text"],
+    ["strengths"],
     ["reference"],
     ["_native", "_cuda"],
 ]

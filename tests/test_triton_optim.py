@@ -11,21 +11,11 @@ from trained import NET, ONE_EACH, make, minimizing
 
 import pyreg
 from pyreg import optim
-from pyreg.optim import arguments, fused
+from pyreg.optim import arguments
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET=1 is not set"
 )
-
-
-@pytest.fixture
-def swept(native, monkeypatch):
-    """A step that is not one launch fails."""
-
-    def by_torch(*args):
-        raise AssertionError("this step was not one sweep")
-
-    monkeypatch.setattr(fused.Fused, "_step_by_torch", by_torch)
 
 
 def net(dtype: torch.dtype) -> nn.Sequential:

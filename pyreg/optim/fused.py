@@ -1,71 +1,28 @@
-"""What the optimizers share: a step in one sweep, or torch's own step and the penalty's sweep."""
+"""What the optimizers share: a step in one sweep of each device."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from itertools import repeat
 from operator import attrgetter, itemgetter
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..attachment import add_gradients, ascends, metric_of_rows, untraced
+from ..attachment import Mode, ascends, untraced
 from ..dispatch import stepper
 from ..look import count
-from ..metric import Metric, Number, check_moment, gain, metric_of
-from ..pack import (
-    SWEPT_DTYPES,
-    GradientMismatch,
-    Packs,
-    check_apart,
-    check_gradient,
-    check_writable,
-)
+from ..metric import Metric, Number, check_moment, gain
+from ..pack import SWEPT_DTYPES, GradientMismatch, check_apart, check_gradient, check_writable
 from ..penalties import L1, Penalty
 from ..regularizer import Regularizer
-from ..sweeps import Value, accumulate, add_values, prox_in_metric
+from ..sweeps import Value, accumulate, add_values
 from .arguments import Rows, arguments
-from .precision import MASTER, LowPrecision, Wide, stand_ins, widen_states
-
-Mode = Literal["grad", "prox"]
-
-
-class Part(NamedTuple):
-    """The parameters of a step that are on one device, and where the penalty is on them."""
-
-    rows: list[int] | None  # which of them; None: all
-    packs: Packs
-    penalised: bytes  # [rows] 1 or 0
-
-    def take(self, items: list[Any]) -> list[Any]:
-        return items if self.rows is None else [items[i] for i in self.rows]
-
-
-class Plan(NamedTuple):
-    parts: list[Part]
-    left: list[Tensor]  # penalised, and without a gradient
-    packs_left: Packs
-
-
-class Stepped(NamedTuple):
-    """What is known after a part's step."""
-
-    value: Value | None = None
-    zeros: Any = 0  # a number, or the `_Uncounted`
-    all_counted: bool = False  # whether the value has those without a gradient
-
-
-class _Uncounted(NamedTuple):
-    """Weights of which the zeros are counted when somebody asks."""
-
-    tensors: list[Tensor]
-
-    def __int__(self) -> int:
-        return sum(int((t == 0).sum()) for t in self.tensors)
+from .by_torch import step_by_torch
+from .parts import Part, Plan, Stepped, plan_of
+from .precision import MASTER, LowPrecision, Wide, widen_states
 
 
 class _Inside(NamedTuple):
@@ -271,12 +228,12 @@ class Fused(LowPrecision):
 
     def _step_part(self, part: Part, tensors: list[Tensor], wide: list[Wide]) -> Stepped | None:
         """None where a GradScaler says that the step is to be skipped."""
-        if part.rows is not None:
-            own = set(map(id, tensors))
+        own = part.ids(tensors)
+        if own is not None:
             wide = [row for row in wide if id(row.param) in own]
         done = self._step_in_one_sweep(part, tensors, wide)
         if done is None and not self._skipped("cuda"):
-            done = self._step_by_torch(part, tensors, wide)
+            done = step_by_torch(self, part, tensors, wide)
         return done
 
     def _remember(self, done: list[Stepped], plan: Plan) -> None:
@@ -321,7 +278,7 @@ class Fused(LowPrecision):
             return None
         reg, of_param = self.regularizer, {id(row.param): row for row in wide}
         rules = (L1(0.0),) if reg is None else reg._penalties
-        groups = self._groups_of(part, tensors)
+        groups = part.param_groups(self.param_groups, tensors)
 
         def sweep(current: list[Any]) -> Any:
             if len(current) > 1:  # one was moved to another device since
@@ -368,16 +325,6 @@ class Fused(LowPrecision):
         value = add_values([value], part.packs.value_dtype)
         return Stepped(Value(value, [of_rules]), zeros)
 
-    def _groups_of(self, part: Part, tensors: list[Tensor]) -> list[dict[str, Any]]:
-        """The param groups, with no others' parameters than these."""
-        if part.rows is None:
-            return self.param_groups
-        own = set(map(id, tensors))
-        return [
-            {**group, "params": [p for p in group["params"] if id(p) in own]}
-            for group in self.param_groups
-        ]
-
     def _scaler(self, device: torch.device, counters: list[Tensor]) -> dict[str, Any] | None:
         """The loss's scale, and what a sweep on a GPU is told so that nobody waits; None: skip it.
 
@@ -407,31 +354,11 @@ class Fused(LowPrecision):
         return told
 
     def _plan_of(self, tensors: list[Tensor]) -> Plan:
-        """What was found out about these parameters; kept until they change."""
-        group = None if self.regularizer is None else self.regularizer._active()
-        key = (group, list(map(id, tensors)))
+        """Kept until there are other parameters."""
+        penalised = None if self.regularizer is None else self.regularizer._active()
+        key = (penalised, list(map(id, tensors)))
         if self._plan is None or self._plan[0] != key:
-            row_of = {} if group is None else {id(t): i for i, t in enumerate(group.tensors)}
-            rows = [row_of.pop(id(t), None) for t in tensors]
-            left = list(row_of.values())
-            names = (L1.name,) if group is None else group.packs.penalties
-
-            def packs(rows: Sequence[int | None]) -> Packs:
-                rule_of = [0 if i is None else group.packs.rule_of[i] for i in rows]
-                pairs = None if group is None else group.packs.anchors
-                if pairs is not None:
-                    pairs = [(None, None) if i is None else pairs[i] for i in rows]
-                return Packs(names, rule_of, pairs)
-
-            parts, places = [], list(map(place_of, tensors))
-            for place in dict.fromkeys(places) or [None]:
-                own = [i for i, other in enumerate(places) if other == place]
-                swept = [rows[i] for i in own]
-                penalised = bytes(i is not None for i in swept)
-                whole = len(own) == len(places)
-                parts.append(Part(None if whole else own, packs(swept), penalised))
-            plan = Plan(parts, [group.tensors[i] for i in left], packs(left))
-            self._plan = (key, plan)
+            self._plan = (key, plan_of(penalised, tensors))
         return self._plan[1]
 
     @property
@@ -460,15 +387,6 @@ class Fused(LowPrecision):
                     fits = fits and state.is_floating_point()
                     check_moment(Metric(state, 0.0), t, "" if fits else named(i))
 
-    def _forget(self, found: list[Rows], counted: list[Tensor]) -> None:
-        """Undo what was done for a sweep that did not happen."""
-        if counted:
-            torch._foreach_sub_(counted, 1)
-        for rows in found:
-            for p, new in zip(rows.params, rows.new, strict=False):
-                if new:
-                    self.state.pop(p)
-
     def _check_before_torch(self, tensors: list[Tensor]) -> None:
         """Raise what would stop the penalty, which must not stop it after the step."""
         if self.regularizer is None:
@@ -478,87 +396,19 @@ class Fused(LowPrecision):
             self.regularizer.check_ready()
             self._check_gain()
 
-    def _step_by_torch(self, part: Part, tensors: list[Tensor], wide: list[Wide]) -> Stepped:
-        """torch's own step, and the penalty beside it as `Regularizer.attach` has it."""
-        reg, scale = self.regularizer, getattr(self, "grad_scale", None)
-        self._check_before_torch(tensors)
-        # They are unscaled now, and this step is not skipped.
-        scaler = {k: self.__dict__.pop(k) for k in ("grad_scale", "found_inf") if hasattr(self, k)}
-        value = None
-        try:
-            with self._holding(self._groups_of(part, tensors)), stand_ins(self, wide) as standing:
-                if scale is not None and tensors:
-                    grads = [standing.get(id(t), t).grad for t in tensors]
-                    torch._foreach_div_(grads, float(scale))
-                if reg is not None and self.mode == "grad":
-                    value = self._add_gradients(part, tensors, standing)
-                inspect.unwrap(self._torch.step)(self)
-                if reg is not None and self.mode == "prox":
-                    value = self._prox(part, tensors, standing)
-        finally:
-            self.__dict__.update(scaler)
-        if reg is None:
-            return Stepped()
-        of = {id(row.param): self.state[row.param][MASTER] for row in wide if row.mastered}
-        own = set(map(id, tensors))
-        zeros = _Uncounted([of.get(id(t), t) for _, t in reg.trainable() if id(t) in own])
-        return Stepped(value, zeros, part.rows is None)
-
-    @contextmanager
-    def _holding(self, groups: list[dict[str, Any]]) -> Iterator[None]:
-        """torch's step sees these parameters only."""
-        kept = [group["params"] for group in self.param_groups]
-        try:
-            for group, own in zip(self.param_groups, groups, strict=True):
-                group["params"] = own["params"]
-            yield
-        finally:
-            for group, params in zip(self.param_groups, kept, strict=True):
-                group["params"] = params
-
     def _check_gain(self) -> None:
         if self.mode == "prox":
             for group in self.param_groups:
                 gain(group)
 
-    def _add_gradients(
-        self, part: Part, tensors: list[Tensor], standing: Mapping[int, Tensor]
-    ) -> Value | None:
-        """The penalty's, to those of the stand-ins too."""
-        reg = self.regularizer
-        if part.rows is None and not standing:
-            add_gradients(reg, self, reg._active())
-            return reg._last
-        own = None if part.rows is None else set(map(id, tensors))
-        group = reg._active()
-        rows = [i for i, t in enumerate(group.tensors) if own is None or id(t) in own]
-        if not rows:
-            return None
-        instead = [standing.get(id(group.tensors[i]), group.tensors[i]) for i in rows]
-        packs, label = group.packs.part(rows), lambda i: group.label(rows[i])
-        return accumulate(packs, instead, reg._penalties, self._sign, label)[0]
-
-    def _prox(
-        self, part: Part, tensors: list[Tensor], standing: Mapping[int, Tensor]
-    ) -> Value | None:
-        """The penalty's, of the stand-ins too. (The metric is None of what this step leaves.)"""
-        reg, metric = self.regularizer, metric_of_rows(self, metric_of(self))
-        if part.rows is None and not standing:
-            reg._prox(metric)
-            return reg._last
-        group = reg._active()
-        instead = [standing.get(id(t), t) for t in group.tensors]
-        metrics = list(map(metric, instead))
-        rows = [i for i, m in enumerate(metrics) if m is not None]
-        if not rows:
-            return None
-        return prox_in_metric(
-            group.packs.part(rows),
-            [instead[i] for i in rows],
-            [metrics[i] for i in rows],
-            reg._penalties,
-            lambda i: group.label(rows[i]),
-        )
+    def _forget(self, found: list[Rows], counted: list[Tensor]) -> None:
+        """Undo what was done for a sweep that did not happen."""
+        if counted:
+            torch._foreach_sub_(counted, 1)
+        for rows in found:
+            for p, new in zip(rows.params, rows.new, strict=False):
+                if new:
+                    self.state.pop(p)
 
 
 # Raises if a step is captured in a CUDA graph that would replay a counter of now. (Until torch 2.10
@@ -575,11 +425,6 @@ _grad, _layout, _dtype, _device = map(attrgetter, ("grad", "layout", "dtype", "d
 
 def with_gradient(group: dict[str, Any]) -> list[Tensor]:
     return [p for p in group["params"] if p.grad is not None]
-
-
-def place_of(t: Tensor) -> Any:
-    """Parameters in one place are stepped in one sweep."""
-    return t.device
 
 
 @untraced
