@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from operator import attrgetter
 from typing import Any
@@ -24,6 +25,7 @@ from torch.autograd import forward_ad
 from . import ops, reference
 from .backend.torch import TorchBackend, taken
 from .dispatch import choose, require_formulas
+from .distributed import Shards, differentiable
 from .pack import (
     GradientMismatch,
     Label,
@@ -44,7 +46,7 @@ from .penalties import (
     stack_strengths,
     unstack_strengths,
 )
-from .sweeps import add_values
+from .sweeps import add_values, any_sharded, by_shards
 
 _version = attrgetter("_version")
 _tensor_hooks = attrgetter("_backward_hooks")
@@ -77,12 +79,34 @@ def value(packs: Packs, tensors: list[Tensor], rules: Sequence[Penalty], label: 
     def sweep(current: list[Pack]) -> Tensor:
         values = []
         for pack in current:
-            rows, backend = pack.take(tensors), choose(pack).backend
+            rows, backend = pack.local(tensors, differentiable), choose(pack).backend
             backend_value = _torch_value if backend.name == "torch" else _native_value
-            values.append(backend_value(backend, pack, rows, rules, label))
+            own = rules if pack.shards is None else _shared(rules, pack.shards)
+            values.append(backend_value(backend, pack, rows, own, label))
+        if any_sharded(current):
+            sums = [
+                (shards, torch.stack([values[i] for i in at]).sum())
+                for shards, at in by_shards(current)
+            ]
+            values = [x if shards is None else shards.add_up_value(x) for shards, x in sums]
         return add_values(values, packs.value_dtype)
 
     return packs.run(sweep, tensors, label)
+
+
+def _shared(rules: Sequence[Penalty], shards: Shards) -> tuple[Penalty, ...]:
+    """The rules, whose strengths get their gradient from every rank."""
+    return tuple(
+        replace(
+            rule,
+            **{
+                name: shards.shared(s)
+                for name, s in zip(rule.parameters, rule.strengths, strict=True)
+                if isinstance(s, Tensor)
+            },
+        )
+        for rule in rules
+    )
 
 
 def _torch_value(

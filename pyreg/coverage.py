@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor
 
+from .distributed import gathered
 from .penalties import Penalty
 from .reference import FORMULAS, compute_dtype
 from .text import table
@@ -168,7 +169,7 @@ def report_rules(
                 if w.device.type == "meta":
                     raise ValueError(f"{row.name!r} is on the meta device: no gradient, no norm")
                 g = penalty.of(row.name, *row.aliases).grad(w.to(compute_dtype(w.dtype)))
-                squares += g.double().square().sum().item()
+                squares += gathered(g.double().square().sum()).item()
                 if _rounds_away(row.tensor.grad, g):
                     lost.append(row.name)
             norm = math.sqrt(squares)
@@ -196,7 +197,7 @@ def _rounds_away(grad: Tensor | None, addend: Tensor) -> bool:
     added = (grad.to(addend.dtype) + addend).to(grad.dtype)
     matters = addend != 0
     same = (added == grad) & matters
-    return bool(same.sum() * 2 > matters.sum())
+    return bool(gathered(same.sum()) * 2 > gathered(matters.sum()))
 
 
 def resolve(

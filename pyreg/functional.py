@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import autograd, ops, sweeps
 from .dispatch import requested
+from .distributed import check_beside, gathered, local
 from .metric import Metric
 from .pack import Packs, Params, check, check_pair, collect, packs_for
 from .penalties import L1, L2, ElasticNet, Penalty
@@ -27,7 +28,8 @@ def penalty(params: Params, penalty: Penalty) -> Tensor:
     Args:
         params: a module, an iterable of tensors or of (name, tensor) pairs, a mapping, or a tensor.
             float32, float64, bfloat16 and float16, mixed as you like; any shape and strides.
-            A tensor that is listed twice counts twice, as in the loop (a module lists it once).
+            A tensor that is listed twice counts twice, as in the loop (a module lists it once). Of
+            DTensors the value is that of the whole, on every rank, and every rank must call.
         penalty: what applies to each of them.
 
     Returns:
@@ -133,17 +135,22 @@ def closed_form(
         if own.is_complex():
             raise TypeError(f"{where}: expected real numbers, got {_name(own.dtype)}")
         h = own.to(w.device, compute_dtype(w.dtype))
-        if not (good := h > 0).all():
+        if not gathered((good := h > 0).all()):
             bad = own[~good.to(own.device)][0].item()
             lost = f", 0 in {_name(h.dtype)}" if bad > 0 else ""
             raise ValueError(f"{where}: expected numbers > 0, got {bad}{lost}")
+        curvature = torch.empty_like(w, dtype=h.dtype)
+        if h.ndim == 0:
+            local(curvature).fill_(h)
+            return Metric(curvature, 1.0, root=False)
+        check_beside(h, w, label(i), where)
         try:
             h = h.expand(w.shape)
         except RuntimeError:
             raise ValueError(
                 f"{where}: {list(h.shape)} does not broadcast to {list(w.shape)} of {label(i)}"
             ) from None
-        return Metric(torch.empty_like(w, dtype=h.dtype).copy_(h), 1.0, root=False)
+        return Metric(curvature.copy_(h), 1.0, root=False)
 
     metrics = [metric(i) for i in range(len(minima))]
     if not minima:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
 
+from .distributed import Shards, check_beside, check_placed, local, placed_alike, shards_of
 from .penalties import Penalty
 
 Params = nn.Module | Tensor | Mapping[str, Tensor] | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
@@ -86,17 +87,23 @@ def check(t: Any, name: str) -> None:
     if t.dtype not in SWEPT_DTYPES:
         swept = ", ".join(str(d).removeprefix("torch.") for d in SWEPT_DTYPES)
         raise TypeError(f"{name}: expected one of {swept}, got {describe(t)}")
+    check_placed(t, name)
 
 
 def check_memory(t: Tensor, name: str) -> None:
     """Raise ValueError, naming the parameter, if the storage of `t` was freed."""
-    if is_freed(t):
+    if is_freed(local(t)):
         raise ValueError(f"{name}: {describe(t)} has no memory (its storage was freed or sharded)")
 
 
 def has_own_dispatch(t: Tensor) -> bool:
-    """Whether `t` is a wrapper (DTensor, a fake tensor, ...) whose memory is not its own."""
+    """Whether `t` is a wrapper (a DTensor, a fake tensor, ...) whose memory is not its own."""
     return type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def is_wrapper(t: Tensor) -> bool:
+    """`has_own_dispatch`, quickly in the common case."""
+    return type(t) not in (Tensor, nn.Parameter) and has_own_dispatch(t)
 
 
 def is_freed(t: Tensor) -> bool:
@@ -159,6 +166,7 @@ def check_gradient(grad: Tensor, t: Tensor, name: str) -> None:
         raise ValueError(
             f"{name}: {describe(t)} on {t.device} has a gradient {describe(grad)} on {grad.device}"
         )
+    check_beside(grad, t, name, "gradient")
 
 
 def check_gradients(
@@ -173,7 +181,7 @@ def check_gradients(
 
 def check_apart(grads: Sequence[Tensor | None], label: Label) -> None:
     """Raise ValueError, naming both tensors, if two gradients lie in the same memory."""
-    blocks = [*map(_block, grads)]
+    blocks = [_block(None if grad is None else local(grad)) for grad in grads]
     if shared := overlapping([begin for begin, _ in blocks], [size for _, size in blocks]):
         i, *others = shared
         (begin, size), later = blocks[i], ((j, *blocks[j]) for j in others)
@@ -193,11 +201,25 @@ def check_pair(pair: Pair, t: Tensor, name: str) -> None:
         check_memory(beside, f"{name}: its {kind}")
         if beside.shape != t.shape:
             raise ValueError(f"{name}: {describe(t)}, but its {kind} is {describe(beside)}")
-        if share_memory(beside, t):
+        check_beside(beside, t, name, kind)
+        if share_memory(local(beside), local(t)):
             raise ValueError(
                 f"{name}: its {kind} is the parameter itself, or shares memory with it (as a "
                 "state_dict() does with the model); clone it"
             )
+
+
+def stand_in(t: Tensor) -> Tensor:
+    """What this rank holds of a DTensor, with its gradient as `.grad`.
+
+    Raises GradientMismatch if it is not what the rank holds of the gradient.
+    """
+    own = local(t).detach()
+    if (grad := t.grad) is not None:
+        if not placed_alike(grad, t):
+            raise GradientMismatch
+        own.grad = local(grad)
+    return own
 
 
 def constants(pair: Pair) -> Pair:
@@ -315,6 +337,7 @@ class Pack:
     irregular: str | None  # why only the torch backend can serve; None if the rows are regular
     anchors: list[Pair] | None = None  # [rows] held; None if no row has any
     anchor_dtypes: list[tuple[torch.dtype | None, ...]] = field(default_factory=list)
+    shards: Shards | None = None  # of DTensors: the rows are what this rank holds of them
     layouts: dict[str, Any] = field(default_factory=dict)  # what each backend keeps for the pack
 
     @cached_property
@@ -328,6 +351,20 @@ class Pack:
             return items
         return [items[i] for i in self.rows]
 
+    def local(
+        self, tensors: Sequence[Tensor], each: Callable[[Tensor], Tensor] = local
+    ) -> list[Tensor]:
+        """The rows: this pack's part of the tensors, `each` of a DTensor.
+
+        Raises StaleLayout if a DTensor is placed otherwise than it was.
+        """
+        rows = self.take(tensors)
+        if self.shards is None:
+            return rows
+        if any(shards_of(t) != self.shards for t in rows):
+            raise StaleLayout
+        return list(map(each, rows))
+
     def penalty(self, i: int, rules: Sequence[Penalty]) -> Penalty:
         """The penalty of the i-th row."""
         rule = rules[self.rule_of[i]]
@@ -336,13 +373,19 @@ class Pack:
         anchor, weight = constants(self.anchors[i])
         return replace(rule, anchor=anchor, weight=weight)
 
+    def is_replaced(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether a row has no memory of its own any more, which a sweep cannot see before it
+        reads."""
+        rows = [] if self.shards is not None or self.irregular is not None else self.take(tensors)
+        return any(map(is_wrapper, rows))
+
     def check_rows(self, tensors: Sequence[Tensor]) -> None:
         """Raise StaleLayout unless the rows are what they were."""
         if list(map(geometry, tensors)) != self.geometry or any(
             t.device != self.device or is_freed(t) for t in tensors
         ):
             raise StaleLayout
-        if self.irregular is None and any(t.is_neg() for t in tensors):
+        if self.irregular is None and any(t.is_neg() or is_wrapper(t) for t in tensors):
             raise StaleLayout
         if list(map(dtypes, self.anchors or ())) != self.anchor_dtypes:
             raise StaleLayout
@@ -382,31 +425,36 @@ def build(
 ) -> list[Pack]:
     """Check every tensor and group them: by device in order of appearance, regular ones first.
 
-    Those with an anchor are in packs of their own, after the others.
+    Those with an anchor are in packs of their own, after the others, and so are DTensors that are
+    sharded alike.
 
     Raises:
         TypeError, ValueError: a tensor that cannot be penalised, by name.
     """
-    packs: dict[tuple[torch.device, bool, bool], Pack] = {}
-    written = None if anchors is None else sharing(tensors)
+    packs: dict[tuple[torch.device, bool, bool, Shards | None], Pack] = {}
+    written = None if anchors is None else sharing(list(map(local, tensors)))
     for i, t in enumerate(tensors):
         if type(t) not in (Tensor, nn.Parameter) or not _plainly_fine(t):
             check(t, label(i))
             check_memory(t, label(i))
-        reason = irregular(t)
         pair = (None, None) if anchors is None else anchors[i]
         anchored = pair[0] is not None or pair[1] is not None
         if anchored:
             check_pair(pair, t, label(i))
+        if (shards := shards_of(t)) is not None:
+            t, pair = local(t), tuple(None if beside is None else local(beside) for beside in pair)
+        reason = irregular(t)
+        if anchored:
             reason = reason or irregular_pair(pair, t)
             if any(map(written, pair)):
                 reason = reason or "is measured from another parameter, which a prox would change"
-        key = (t.device, reason is not None, anchored)
+        key = (t.device, reason is not None, anchored, shards)
         pack = packs.get(key)
         if pack is None:
             why = None if reason is None else f"{label(i)} {reason}"
             kept = [] if anchored else None
-            pack = packs[key] = Pack(t.device, [], [], penalties, [], why, kept)
+            pack = Pack(t.device, [], [], penalties, [], why, kept, shards=shards)
+            packs[key] = pack
         if anchored:
             pack.anchors.append(pair)
             pack.anchor_dtypes.append(dtypes(pair))
@@ -470,8 +518,12 @@ class Packs:
         try:
             return sweep(self._packs or self.current(tensors, label))
         except StaleLayout:
-            self._packs = None
-            return sweep(self.current(tensors, label))
+            pass
+        except RuntimeError:  # (Of several packs each is checked before one is written.)
+            if not (self._packs and len(self._packs) == 1 and self._packs[0].is_replaced(tensors)):
+                raise
+        self._packs = None
+        return sweep(self.current(tensors, label))
 
 
 _RECENT = 64  # lists of tensors whose packs are kept

@@ -61,6 +61,9 @@ class Regularizer:
     `nn.Parameter`, `nn.utils.parametrize`); the next call sees it. A parameter that is *added* to
     the module is seen only by a new Regularizer.
 
+    Parameters may be DTensors (FSDP2, tensor parallelism): sweeps visit what the rank holds, and a
+    value is summed over the ranks that hold other parts, all of which must make the call.
+
     Args:
         model: a module, a mapping, or an iterable of (name, tensor) pairs.
         rules: {pattern: penalty}, tried in order, or one penalty for everything. Patterns are
@@ -438,7 +441,9 @@ class Regularizer:
         for pack in group.packs.current(group.tensors, group.label):
             backend, reason = choose(pack)
             because = f" ({reason})" if reason else ""
-            lines.append(f"{len(pack.rows)} tensors on {pack.device}: {backend.name}{because}")
+            held = "" if pack.shards is None else f", {pack.shards}"
+            where = f"{len(pack.rows)} tensors on {pack.device}{held}"
+            lines.append(f"{where}: {backend.name}{because}")
         found = self._coverage
         rules = report_rules(found, self.rules, self.step, gradients, self.include_frozen)
         return Coverage(found.rows, found.unmatched, rules, lines, clip)

@@ -14,8 +14,17 @@ from torch import Tensor
 
 from .backend.torch import taken
 from .dispatch import choose
+from .distributed import Shards, check_beside, local
 from .metric import Metric, check_moment
-from .pack import GradientMismatch, Label, Pack, Packs, check_gradients, check_writable
+from .pack import (
+    GradientMismatch,
+    Label,
+    Pack,
+    Packs,
+    check_gradients,
+    check_writable,
+    stand_in,
+)
 from .penalties import Penalty, check_strengths
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -29,7 +38,8 @@ def _prepare(
     A lone pack of a native backend checks itself, in the sweep and before it writes; several must
     all be checked before the first one writes.
     """
-    chosen = [(pack, choose(pack).backend, pack.take(tensors)) for pack in packs]
+    each = local if check_gradients is None else stand_in
+    chosen = [(pack, choose(pack).backend, pack.local(tensors, each)) for pack in packs]
     if len(chosen) > 1 or (chosen and chosen[0][1].name == "torch"):
         for pack, backend, rows in chosen:
             backend.check(pack, rows)
@@ -49,6 +59,42 @@ def add_values(values: Sequence[Tensor | float], dtype: torch.dtype) -> Tensor:
     for value in values[1:]:
         total = total.double() + (value.to(total.device) if isinstance(value, Tensor) else value)
     return total if total.dtype == dtype else total.to(dtype)
+
+
+def any_sharded(packs: Sequence[Pack]) -> bool:
+    return any(pack.shards is not None for pack in packs)
+
+
+def by_shards(packs: Sequence[Pack]) -> list[tuple[Shards | None, list[int]]]:
+    """[(who holds parts of them, which of the packs)]: on every rank in the same order, even where
+    what a rank holds is laid out in other packs."""
+    found: dict[Shards | None, list[int]] = {}
+    for i in sorted(range(len(packs)), key=lambda i: packs[i].rows[0]):
+        found.setdefault(packs[i].shards, []).append(i)
+    return list(found.items())
+
+
+def add_up(packs: Sequence[Pack], *found: Sequence[Any]) -> tuple[list[Any], ...]:
+    """What each pack's sweep found (lists of [packs] numbers, or of several), over all ranks."""
+    if not any_sharded(packs):
+        return tuple(map(list, found))
+    totals: list[tuple[Any, ...]] = []
+    for shards, at in by_shards(packs):
+        if shards is None:
+            totals += [tuple(of[i] for of in found) for i in at]
+            continue
+        device = packs[at[0]].device
+        own = [torch.stack([taken(of[i], device) for i in at]).sum(dim=0) for of in found]
+        sums = shards.add_up(torch.cat([x.flatten() for x in own]))
+        parts = sums.split([x.numel() for x in own])
+        totals.append(tuple(part.view_as(x) for part, x in zip(parts, own, strict=True)))
+    return tuple(map(list, zip(*totals, strict=True)))
+
+
+def changed(pack: Pack, tensors: Sequence[Tensor]) -> None:
+    """Tell autograd of DTensors that what they hold was changed in place."""
+    if pack.shards is not None:
+        torch.autograd.graph.increment_version(pack.take(tensors))
 
 
 class Value(NamedTuple):
@@ -71,10 +117,8 @@ def value(packs: Packs, tensors: list[Tensor], rules: Sequence[Penalty], label: 
 
     def sweep(current: list[Pack]) -> Tensor:
         chosen = _prepare(current, tensors)
-        return add_values(
-            [backend.value(pack, rows, rules)[0] for pack, backend, rows in chosen],
-            packs.value_dtype,
-        )
+        own = [backend.value(pack, rows, rules)[0] for pack, backend, rows in chosen]
+        return add_values(add_up(current, own)[0], packs.value_dtype)
 
     return packs.run(sweep, tensors, label)
 
@@ -102,6 +146,7 @@ def accumulate(
             values.append(value)
             parts.append(of_rules)
             present += there
+        values, parts = add_up(current, values, parts)
         return Value(add_values(values, packs.value_dtype), parts), present
 
     try:
@@ -129,6 +174,7 @@ def prox(
                     check_writable(t, label(i))
         for pack, backend, rows in chosen:
             backend.prox(pack, rows, rules, step)
+            changed(pack, tensors)
 
     packs.run(sweep, tensors, label)
 
@@ -150,18 +196,29 @@ def prox_in_metric(
         chosen = _prepare(current, tensors)
         for i, t in enumerate(tensors):
             check_moment(metrics[i], t, label(i))
+        if any_sharded(current):
+            for i, t in enumerate(tensors):
+                check_beside(metrics[i].moment, t, label(i), "moment")
         for pack, _, rows in chosen:
             if pack.irregular is not None:
                 for i, t in zip(pack.rows, rows, strict=True):
                     check_writable(t, label(i))
-        done = [
-            backend.prox_in_metric(pack, rows, pack.take(metrics), rules)
-            for pack, backend, rows in chosen
-        ]
-        values, parts = map(list, zip(*done, strict=True))
+        done = []
+        for pack, backend, rows in chosen:
+            done.append(backend.prox_in_metric(pack, rows, _own(pack, metrics), rules))
+            changed(pack, tensors)
+        values, parts = add_up(current, *zip(*done, strict=True))
         return Value(add_values(values, packs.value_dtype), parts)
 
     return packs.run(sweep, tensors, label)
+
+
+def _own(pack: Pack, metrics: Sequence[Metric]) -> list[Metric]:
+    """The pack's, of the rows that are local."""
+    rows = pack.take(metrics)
+    if pack.shards is None:
+        return rows
+    return [m if m.moment is None else m._replace(moment=local(m.moment)) for m in rows]
 
 
 def stats(packs: Packs, tensors: list[Tensor], label: Label) -> Tensor:
@@ -171,6 +228,10 @@ def stats(packs: Packs, tensors: list[Tensor], label: Label) -> Tensor:
         out = torch.empty(len(tensors), 5, dtype=torch.float64, device="cpu")
         for pack, backend, rows in _prepare(current, tensors):
             out[pack.rows] = backend.stats(pack, rows).cpu()
+        for shards, at in by_shards(current):
+            if shards is not None:
+                rows = sorted(row for i in at for row in current[i].rows)
+                out[rows] = shards.add_up_stats(out[rows])
         return out
 
     return packs.run(sweep, tensors, label)

@@ -22,7 +22,8 @@ LAYERS = [
     ["optim.optimizers"],
     ["optim.fused"],
     ["optim.by_torch"],
-    ["optim.arguments", "optim.parts", "optim.precision"],
+    ["optim.arguments", "optim.parts"],
+    ["optim.precision"],
     ["regularizer"],
     ["attachment", "members"],
     ["functional"],
@@ -38,6 +39,7 @@ LAYERS = [
     ["pack", "coverage", "stats", "priors", "metric", "schedules"],
     ["penalties", "text"],
     ["strengths"],
+    ["distributed"],
     ["reference"],
     ["_native", "_cuda"],
 ]

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..distributed import Shards, check_beside, local, placed_alike
 from ..metric import Metric, Number, metric_of
+from ..pack import Label
+from .precision import key_of
 
 if TYPE_CHECKING:
     from .fused import Fused
@@ -64,6 +67,34 @@ def arguments(
         numbers += [_set(optimizer, group, step, new, scale) for step, new in of]
         sets += map(of.__getitem__, alike)
     return Arguments(states, updates, sets, numbers)
+
+
+def on_this_rank(
+    told: Arguments,
+    in_float32: dict[str, list[Any]],
+    params: list[Tensor],
+    shards: Shards,
+    label: Label,
+) -> tuple[Arguments, dict[str, list[Any]]]:
+    """What the rank holds of what lies beside parameters that are DTensors, and how it rounds.
+
+    Raises ValueError, naming the parameter, if it is not what the rank holds of the parameter.
+    """
+
+    def own(beside: list[Tensor | None], kind: str) -> list[Tensor | None]:
+        for i, (b, p) in enumerate(zip(beside, params, strict=True)):
+            if b is not None and not placed_alike(b, p):
+                check_beside(b, p, label(i), kind)
+        return [None if b is None else local(b) for b in beside]
+
+    states = [own(kind, "state in the optimizer") for kind in told.states]
+    if "masters" in in_float32:
+        masters = own(in_float32["masters"], "master weights")
+        in_float32 = {**in_float32, "masters": masters}
+    if "keys" in in_float32:  # other numbers for other parts, and the same for replicas
+        keys = [None if k is None else key_of(k, shards.part, 0) for k in in_float32["keys"]]
+        in_float32 = {**in_float32, "keys": keys}
+    return told._replace(states=states), in_float32
 
 
 def _set(

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..attachment import add_gradients, ascends, metric_of_rows
+from ..distributed import is_dtensor
 from ..metric import metric_of
 from ..sweeps import Value, accumulate, prox_in_metric
 from .parts import Part, Stepped, Uncounted
@@ -46,6 +47,8 @@ def step_by_torch(optimizer: Fused, part: Part, tensors: list[Tensor], wide: lis
     of = {id(row.param): optimizer.state[row.param][MASTER] for row in wide if row.mastered}
     own = set(map(id, tensors))
     zeros = Uncounted([of.get(id(t), t) for _, t in reg.trainable() if id(t) in own])
+    if any(map(is_dtensor, tensors)):  # now, with all ranks: later one alone may ask
+        zeros = int(zeros)
     return Stepped(value, zeros, part.rows is None)
 
 

@@ -15,11 +15,18 @@ from ..attachment import Mode, ascends, untraced
 from ..dispatch import stepper
 from ..look import count
 from ..metric import Metric, Number, check_moment, gain
-from ..pack import SWEPT_DTYPES, GradientMismatch, check_apart, check_gradient, check_writable
+from ..pack import (
+    SWEPT_DTYPES,
+    GradientMismatch,
+    check_apart,
+    check_gradient,
+    check_writable,
+    stand_in,
+)
 from ..penalties import L1, Penalty
 from ..regularizer import Regularizer
-from ..sweeps import Value, accumulate, add_values
-from .arguments import Rows, arguments
+from ..sweeps import Value, accumulate, add_up, add_values, changed
+from .arguments import Rows, arguments, on_this_rank
 from .by_torch import step_by_torch
 from .parts import Part, Plan, Stepped, plan_of
 from .precision import MASTER, LowPrecision, Wide, widen_states
@@ -278,33 +285,41 @@ class Fused(LowPrecision):
             return None
         reg, of_param = self.regularizer, {id(row.param): row for row in wide}
         rules = (L1(0.0),) if reg is None else reg._penalties
-        groups = part.param_groups(self.param_groups, tensors)
+        groups, named = part.param_groups(self.param_groups, tensors), self._label(tensors)
 
         def sweep(current: list[Any]) -> Any:
             if len(current) > 1:  # one was moved to another device since
                 self._plan = None
                 return None
-            backend = None if current[0].anchors else stepper(current[0])
+            pack, *_ = current
+            backend = None if pack.anchors else stepper(pack)
             if backend is None:
                 return None
             found, done = [self._rows_of(group, of_param) for group in groups], None
             counters, counted = [counter for rows in found for counter in rows.counters], []
             try:
-                scaler = self._scaler(current[0].device, counters)
+                rows = pack.local(tensors, stand_in)
+                scaler = self._scaler(pack.device, counters)
                 if scaler is None or (steps := count(counters)) is None:
                     return None
                 counted, scale = counters, scaler.pop("scale")
+                told = arguments(self, groups, found, steps, scale)
+                in_float32 = self._in_float32(tensors, of_param)
+                if pack.shards is not None:
+                    told, in_float32 = on_this_rank(told, in_float32, tensors, pack.shards, named)
                 done = backend.step(
-                    current[0],
-                    tensors,
-                    *arguments(self, groups, found, steps, scale),
+                    pack,
+                    rows,
+                    *told,
                     part.penalised,
                     self.mode == "prox",
                     rules,
                     self._sign * scale,
-                    **self._in_float32(tensors, of_param),
+                    **in_float32,
                     **scaler,
                 )
+                if done is not None:
+                    changed(pack, tensors)
             except GradientMismatch:  # or gradients that only share memory
                 self._check(tensors)
                 return None
@@ -316,14 +331,13 @@ class Fused(LowPrecision):
                     self._forget(found, counted)
             if counted and "found_inf" in scaler:
                 torch._foreach_sub_(counted, [scaler["found_inf"]] * len(counted))
-            return done
+            if done is None or reg is None:
+                return None if done is None else Stepped()
+            [value], [of_rules], [zeros] = add_up(current, *([found] for found in done))
+            value = add_values([value], part.packs.value_dtype)
+            return Stepped(Value(value, [of_rules]), zeros)
 
-        done = part.packs.run(sweep, tensors, self._label(tensors))
-        if done is None or reg is None:
-            return None if done is None else Stepped()
-        value, of_rules, zeros = done
-        value = add_values([value], part.packs.value_dtype)
-        return Stepped(Value(value, [of_rules]), zeros)
+        return part.packs.run(sweep, tensors, named)
 
     def _scaler(self, device: torch.device, counters: list[Tensor]) -> dict[str, Any] | None:
         """The loss's scale, and what a sweep on a GPU is told so that nobody waits; None: skip it.

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..distributed import gathered, shards_of
 from ..pack import Packs
 from ..penalties import L1
 from ..sweeps import Value
@@ -58,7 +59,7 @@ class Uncounted(NamedTuple):
     tensors: list[Tensor]
 
     def __int__(self) -> int:
-        return sum(int((t == 0).sum()) for t in self.tensors)
+        return sum(int(gathered((t == 0).sum())) for t in self.tensors)
 
 
 def plan_of(penalised: Any, tensors: list[Tensor]) -> Plan:
@@ -87,4 +88,4 @@ def plan_of(penalised: Any, tensors: list[Tensor]) -> Plan:
 
 def place_of(t: Tensor) -> Any:
     """Parameters in one place are stepped in one sweep."""
-    return t.device
+    return t.device, shards_of(t)

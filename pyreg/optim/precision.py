@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..distributed import gathered
 from ..metric import Metric, check_moment
 from ..pack import Label, has_own_dispatch, label, sharing_each_other
 
@@ -112,7 +113,7 @@ def round_at_random(x: Tensor, key: int) -> Tensor:
 def agrees(p: Tensor, master: Tensor) -> bool:
     """Whether every element of p is its master weight, rounded."""
     rounded = master.to(p.dtype)
-    return bool(((p == rounded) | (p.isnan() & rounded.isnan())).all())
+    return bool(gathered(((p == rounded) | (p.isnan() & rounded.isnan())).all()))
 
 
 @contextmanager
