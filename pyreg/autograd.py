@@ -46,7 +46,7 @@ from .penalties import (
     stack_strengths,
     unstack_strengths,
 )
-from .sweeps import add_values, any_sharded, by_shards
+from .sweeps import add_values, by_shards
 
 _version = attrgetter("_version")
 _tensor_hooks = attrgetter("_backward_hooks")
@@ -83,7 +83,7 @@ def value(packs: Packs, tensors: list[Tensor], rules: Sequence[Penalty], label: 
             backend_value = _torch_value if backend.name == "torch" else _native_value
             own = rules if pack.shards is None else _shared(rules, pack.shards)
             values.append(backend_value(backend, pack, rows, own, label))
-        if any_sharded(current):
+        if packs.is_sharded:
             sums = [
                 (shards, torch.stack([values[i] for i in at]).sum())
                 for shards, at in by_shards(current)

@@ -502,6 +502,7 @@ class Packs:
         """The packs of `tensors`, as they were at the last look."""
         if self._packs is None:
             self._packs = build(tensors, label, self.rule_of, self.penalties, self.anchors)
+            self.is_sharded = any(p.shards is not None for p in self._packs)
             wide = any(p.is_wide for p in self._packs)
             self.value_dtype = torch.float64 if wide else torch.float32
         return self._packs

@@ -61,10 +61,6 @@ def add_values(values: Sequence[Tensor | float], dtype: torch.dtype) -> Tensor:
     return total if total.dtype == dtype else total.to(dtype)
 
 
-def any_sharded(packs: Sequence[Pack]) -> bool:
-    return any(pack.shards is not None for pack in packs)
-
-
 def by_shards(packs: Sequence[Pack]) -> list[tuple[Shards | None, list[int]]]:
     """[(who holds parts of them, which of the packs)]: on every rank in the same order, even where
     what a rank holds is laid out in other packs."""
@@ -76,8 +72,6 @@ def by_shards(packs: Sequence[Pack]) -> list[tuple[Shards | None, list[int]]]:
 
 def add_up(packs: Sequence[Pack], *found: Sequence[Any]) -> tuple[list[Any], ...]:
     """What each pack's sweep found (lists of [packs] numbers, or of several), over all ranks."""
-    if not any_sharded(packs):
-        return tuple(map(list, found))
     totals: list[tuple[Any, ...]] = []
     for shards, at in by_shards(packs):
         if shards is None:
@@ -118,7 +112,9 @@ def value(packs: Packs, tensors: list[Tensor], rules: Sequence[Penalty], label: 
     def sweep(current: list[Pack]) -> Tensor:
         chosen = _prepare(current, tensors)
         own = [backend.value(pack, rows, rules)[0] for pack, backend, rows in chosen]
-        return add_values(add_up(current, own)[0], packs.value_dtype)
+        if packs.is_sharded:
+            [own] = add_up(current, own)
+        return add_values(own, packs.value_dtype)
 
     return packs.run(sweep, tensors, label)
 
@@ -146,7 +142,8 @@ def accumulate(
             values.append(value)
             parts.append(of_rules)
             present += there
-        values, parts = add_up(current, values, parts)
+        if packs.is_sharded:
+            values, parts = add_up(current, values, parts)
         return Value(add_values(values, packs.value_dtype), parts), present
 
     try:
@@ -196,7 +193,7 @@ def prox_in_metric(
         chosen = _prepare(current, tensors)
         for i, t in enumerate(tensors):
             check_moment(metrics[i], t, label(i))
-        if any_sharded(current):
+        if packs.is_sharded:
             for i, t in enumerate(tensors):
                 check_beside(metrics[i].moment, t, label(i), "moment")
         for pack, _, rows in chosen:
@@ -207,7 +204,9 @@ def prox_in_metric(
         for pack, backend, rows in chosen:
             done.append(backend.prox_in_metric(pack, rows, _own(pack, metrics), rules))
             changed(pack, tensors)
-        values, parts = add_up(current, *zip(*done, strict=True))
+        values, parts = map(list, zip(*done, strict=True))
+        if packs.is_sharded:
+            values, parts = add_up(current, values, parts)
         return Value(add_values(values, packs.value_dtype), parts)
 
     return packs.run(sweep, tensors, label)
@@ -228,7 +227,7 @@ def stats(packs: Packs, tensors: list[Tensor], label: Label) -> Tensor:
         out = torch.empty(len(tensors), 5, dtype=torch.float64, device="cpu")
         for pack, backend, rows in _prepare(current, tensors):
             out[pack.rows] = backend.stats(pack, rows).cpu()
-        for shards, at in by_shards(current):
+        for shards, at in by_shards(current) if packs.is_sharded else ():
             if shards is not None:
                 rows = sorted(row for i in at for row in current[i].rows)
                 out[rows] = shards.add_up_stats(out[rows])

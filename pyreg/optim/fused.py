@@ -333,7 +333,9 @@ class Fused(LowPrecision):
                 torch._foreach_sub_(counted, [scaler["found_inf"]] * len(counted))
             if done is None or reg is None:
                 return None if done is None else Stepped()
-            [value], [of_rules], [zeros] = add_up(current, *([found] for found in done))
+            value, of_rules, zeros = done
+            if pack.shards is not None:
+                [value], [of_rules], [zeros] = add_up(current, [value], [of_rules], [zeros])
             value = add_values([value], part.packs.value_dtype)
             return Stepped(Value(value, [of_rules]), zeros)
 
