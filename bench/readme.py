@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 PENALTY = "elastic_net"
 Line = dict[str, str]  # of a CSV
-MARKED = re.compile(r"(<!-- bench: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- bench: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 WAYS = {
     "loop": "the loop",
     "foreach": "`torch._foreach_norm` and autograd",
@@ -260,7 +260,7 @@ def written(text: str) -> str:
     Raises:
         KeyError: a mark names no section.
     """
-    return MARKED.sub(lambda m: f"{m[1]}{SECTIONS[m[2]]()}{m[3]}", text)
+    return MARKED.sub(lambda m: f"{m[1]}{SECTIONS[m[2]]()}\n{m[3]}", text)
 
 
 def main() -> int:

@@ -46,6 +46,7 @@ def test_another_record_makes_another_text(bench):
     text = "a\n<!-- bench: table -->\nold\n<!-- end -->\nb"
     table = readme.table(record)
     assert readme.written(text) == f"a\n<!-- bench: table -->\n{table}\n<!-- end -->\nb"
+    assert readme.written(text.replace("old\n", "")) == readme.written(text)
     with pytest.raises(KeyError, match="nothing"):
         readme.written(text.replace("table", "nothing"))
 
