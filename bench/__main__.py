@@ -1,8 +1,8 @@
 """Workloads x penalties x ways: tables and targets, written to bench/results/<name>.json, .csv.
 
 `python -m bench PART ...` runs another part: compare, scaling, roofline, readme, optim, penalties,
-peers, overhead, host. `python -m bench all` runs everything, and writes every record, picture and
-figure.
+peers, overhead, host, sharded. `python -m bench all` runs everything, and writes every record,
+picture and figure.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ PARTS = (
     "peers",
     "overhead",
     "host",
+    "sharded",
 )
 RECORDED = (
     "scaling",
@@ -39,6 +40,7 @@ RECORDED = (
     "peers",
     "overhead",
     "host",
+    "sharded",
     "roofline",
     "readme",
 )  # in order

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 PENALTY = "elastic_net"
 Line = dict[str, str]  # of a CSV
+LIMIT = "dst.add_(src)"
 MARKED = re.compile(r"(<!-- bench: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 WAYS = {
     "loop": "the loop",
@@ -203,6 +204,17 @@ def host(rows: Sequence[Line]) -> str:
     return _lines(["tensors", "call", "native", "Triton", "beside them"], lines)
 
 
+def sharded(rows: Sequence[Line]) -> str:
+    """Every way's time on DTensors, and over the limit's."""
+    lines = []
+    for row in rows:
+        limit = next(r for r in rows if (r["workload"], r["way"]) == (row["workload"], LIMIT))
+        times = float(row["seconds"]) / float(limit["seconds"])
+        ms = f"{1e3 * float(row['seconds']):,.3g}"
+        lines.append([row["workload"], row["tensors"], row["way"], ms, f"{times:.3g} x"])
+    return _lines(["workload", "tensors", "way", "ms", "of the limit"], lines)
+
+
 def overhead(rows: Sequence[Line]) -> str:
     """The shares of measuring, for each workload: the largest of its ways."""
     lines = []
@@ -229,7 +241,7 @@ def csv_rows(name: str) -> list[Line]:
 
 
 def _sweeps(name: str) -> list[Line]:
-    return [r for r in csv_rows(name) if r["sweep"] != "dst.add_(src)"]
+    return [r for r in csv_rows(name) if r["sweep"] != LIMIT]
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
@@ -250,6 +262,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "peers": lambda: peers(csv_rows("peers")),
     "overhead": lambda: overhead(csv_rows("overhead")),
     "host": lambda: host(csv_rows("host")),
+    "sharded": lambda: sharded(csv_rows("sharded")),
 }
 FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "bench" / "README.md")
 
