@@ -111,7 +111,7 @@ def check(params: dict[str, nn.Parameter]) -> None:
         p.grad.zero_()
 
 
-def run(number: int, folder: Path, path: Path, shapes: dict[str, Shapes], rounds: int) -> None:
+def on_rank(number: int, folder: Path, path: Path, shapes: dict[str, Shapes], rounds: int) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(number)
     where = f"file://{folder / 'meeting'}"
@@ -153,7 +153,7 @@ def write(rows: list[Row], path: Path) -> None:
 def measure(path: Path, shapes: dict[str, Shapes], rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         told = (Path(folder), path, shapes, rounds)
-        torch.multiprocessing.start_processes(run, told, nprocs=RANKS, start_method="spawn")
+        torch.multiprocessing.start_processes(on_rank, told, nprocs=RANKS, start_method="spawn")
 
 
 def main() -> int:
