@@ -571,6 +571,52 @@ def test_parity(place):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-7)
 
 
+@pytest.fixture
+def mesh(place):
+    """Of this process alone."""
+    distributed = pytest.importorskip("torch.distributed")
+    if not distributed.is_available():
+        pytest.skip("torch without torch.distributed")
+    from torch.distributed.device_mesh import init_device_mesh
+
+    backend = "nccl" if place.device == "cuda" else "gloo"
+    distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh(place.device, (1,))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("mode", ["grad", "prox"])
+def test_dtensors(place, mesh, mode):
+    """Sweeps and steps have the bits that they have on what the rank holds, and wait for nobody."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    named, found = parameters(place), []
+    sharded = [(n, nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)]))) for n, p in named]
+    for params in (named, sharded):
+        for _, p in params:
+            p.grad = torch.full_like(p, 0.01)
+        reg = pyreg.Regularizer(params, BOTH)
+        opt = pyreg.optim.AdamW([p for _, p in params], lr=0.1, regularizer=reg, mode=mode)
+
+        def step(reg: pyreg.Regularizer = reg, opt: torch.optim.Optimizer = opt) -> Tensor:
+            opt.step()
+            reg.prox_(0.01)
+            return reg.accumulate_()
+
+        step()
+        with device.no_waiting(on(place)):
+            value = step()
+        found.append((value, reg().detach(), opt.last_zeros, reg.stats().table))
+    (own, *numbers, table), (other, *others, same_table) = found
+    assert type(other) is Tensor
+    assert own == other
+    assert numbers == others
+    assert torch.equal(table, same_table)
+    for (_, p), (_, s) in zip(named, sharded, strict=True):
+        assert torch.equal(p.detach(), s.detach().to_local())
+        assert torch.equal(p.grad, s.grad.to_local())
+
+
 def test_several_devices(gpu, place):
     """One sweep on each; the value is their sum, on the first parameter's device."""
     if torch.cuda.device_count() < 2:
