@@ -422,7 +422,11 @@ class Look {
           kNegative("is_neg");
       if (kNegative(tensor).ptr() == Py_True) return false;
       const pybind11::object storage = kStorage(tensor);
-      const auto base = kData(storage.ptr()).cast<uintptr_t>();
+      uintptr_t base = 0;
+      try {
+        base = kData(storage.ptr()).cast<uintptr_t>();
+      } catch (pybind11::error_already_set&) {  // a wrapper, as DTensors are
+      }
       const auto size = kBytes(storage.ptr()).cast<uintptr_t>();
       const auto begin = reinterpret_cast<uintptr_t>(view.data);
       if (base == 0 || begin + view.span() * item_size(*view.dtype) > base + size) return false;

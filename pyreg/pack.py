@@ -373,12 +373,6 @@ class Pack:
         anchor, weight = constants(self.anchors[i])
         return replace(rule, anchor=anchor, weight=weight)
 
-    def is_replaced(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether a row has no memory of its own any more, which a sweep cannot see before it
-        reads."""
-        rows = [] if self.shards is not None or self.irregular is not None else self.take(tensors)
-        return any(map(is_wrapper, rows))
-
     def check_rows(self, tensors: Sequence[Tensor]) -> None:
         """Raise StaleLayout unless the rows are what they were."""
         if list(map(geometry, tensors)) != self.geometry or any(
@@ -519,12 +513,8 @@ class Packs:
         try:
             return sweep(self._packs or self.current(tensors, label))
         except StaleLayout:
-            pass
-        except RuntimeError:  # (Of several packs each is checked before one is written.)
-            if not (self._packs and len(self._packs) == 1 and self._packs[0].is_replaced(tensors)):
-                raise
-        self._packs = None
-        return sweep(self.current(tensors, label))
+            self._packs = None
+            return sweep(self.current(tensors, label))
 
 
 _RECENT = 64  # lists of tensors whose packs are kept
