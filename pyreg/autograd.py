@@ -77,12 +77,17 @@ def value(packs: Packs, tensors: list[Tensor], rules: Sequence[Penalty], label: 
         return _transformed_value(packs, tensors, rules, label)
 
     def sweep(current: list[Pack]) -> Tensor:
-        values = []
+        values, shared = [], {None: rules}
+        for shards, _ in by_shards(current) if packs.is_sharded else ():
+            if shards is not None:  # (once, however many packs a rank has)
+                shared[shards] = _shared(rules, shards)
         for pack in current:
             rows, backend = pack.local(tensors, differentiable), choose(pack).backend
-            backend_value = _torch_value if backend.name == "torch" else _native_value
-            own = rules if pack.shards is None else _shared(rules, pack.shards)
-            values.append(backend_value(backend, pack, rows, own, label))
+            own = shared[pack.shards]
+            if backend.name == "torch":
+                values.append(_torch_value(backend, pack, rows, own))
+            else:
+                values.append(_native_value(backend, pack, rows, own, pack.take(tensors), label))
         if packs.is_sharded:
             sums = [
                 (shards, torch.stack([values[i] for i in at]).sum())
@@ -110,14 +115,19 @@ def _shared(rules: Sequence[Penalty], shards: Shards) -> tuple[Penalty, ...]:
 
 
 def _torch_value(
-    backend: TorchBackend, pack: Pack, rows: list[Tensor], rules: Sequence[Penalty], label: Label
+    backend: TorchBackend, pack: Pack, rows: list[Tensor], rules: Sequence[Penalty]
 ) -> Tensor:
     backend.check(pack, rows)
     return backend.differentiable_value(pack, rows, rules)
 
 
 def _native_value(
-    backend: Any, pack: Pack, rows: list[Tensor], rules: Sequence[Penalty], label: Label
+    backend: Any,
+    pack: Pack,
+    rows: list[Tensor],
+    rules: Sequence[Penalty],
+    given: list[Tensor],
+    label: Label,
 ) -> Tensor:
     strengths = None
     if torch.is_grad_enabled():
@@ -129,7 +139,7 @@ def _native_value(
             # Function.apply would first look for functorch's dead wrappers, tensor by tensor.
             apply = super(torch.autograd.Function, _Value).apply
             leaf = _everywhere() if pack.device.type == "cpu" else None
-            return apply(_Call(backend, pack, rules, label), strengths, leaf, *rows)
+            return apply(_Call(backend, pack, rules, given, label), strengths, leaf, *rows)
     return backend.value(pack, rows, rules)[0]
 
 
@@ -142,10 +152,18 @@ def _everywhere() -> Tensor:
 class _Call:
     """What a forward leaves for its backward, besides tensors."""
 
-    def __init__(self, backend: Any, pack: Pack, rules: Sequence[Penalty], label: Label) -> None:
+    def __init__(
+        self,
+        backend: Any,
+        pack: Pack,
+        rules: Sequence[Penalty],
+        given: list[Tensor],
+        label: Label,
+    ) -> None:
         self.backend = backend
         self.pack = pack
         self.rules = rules
+        self.given = given  # the rows, or the DTensors that they are parts of: these have versions
         self.label = label
 
 
@@ -167,22 +185,23 @@ class _Value(torch.autograd.Function):
         # graph being freed; the rest are held here, and their versions compared in backward.
         anchor = next((t for t, wanted in zip(rows, ctx.wanted, strict=True) if wanted), None)
         ctx.save_for_backward(anchor, strengths)
-        ctx.versions = _versions(rows, ctx.wanted)
+        ctx.versions = _versions(call.given, ctx.wanted)
         ctx.pair_versions = _pair_versions(call.pack)
         if strengths is not None:  # a double backward reads every row again, frozen ones too
-            ctx.all_versions = list(map(_version, rows))
+            ctx.all_versions = list(map(_version, call.given))
         return value
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         call, rows, wanted = ctx.call, list(ctx.rows), ctx.wanted
-        if (now := _versions(rows, wanted)) != ctx.versions:
+        if (now := _versions(call.given, wanted)) != ctx.versions:
             raise RuntimeError(_modified(call, now, ctx.versions))
         if (now := _pair_versions(call.pack)) != ctx.pair_versions:
             raise RuntimeError(_modified(call, now, ctx.pair_versions))
         _, strengths = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
-            if strengths is not None and (now := list(map(_version, rows))) != ctx.all_versions:
+            now = list(map(_version, call.given))
+            if strengths is not None and now != ctx.all_versions:
                 raise RuntimeError(_modified(call, now, ctx.all_versions))
             grad_strengths, *grads = _differentiable_gradient(ctx, grad_output, strengths, rows)
             return None, grad_strengths, None, *grads
@@ -273,7 +292,7 @@ def _versions(rows: Sequence[Tensor], wanted: Sequence[bool]) -> list[int]:
 
 def _pair_versions(pack: Pack) -> list[tuple[int, ...]]:
     """Of each row's anchor and weights, if there are any."""
-    return [tuple(t._version for t in p if t is not None) for p in pack.anchors or ()]
+    return [tuple(t._version for t in p if t is not None) for p in pack.given]
 
 
 def _modified(call: _Call, now: list, before: list) -> str:

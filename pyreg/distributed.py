@@ -69,14 +69,16 @@ class Shards(NamedTuple):
         return _Shared.apply(number, self) if self.dims and number.requires_grad else number
 
 
+# Each is the other's backward.
 class _AddedUp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, shards: Shards) -> Tensor:
+        ctx.shards = shards
         return shards.add_up(value)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+        return ctx.shards.shared(grad), None
 
 
 class _Shared(torch.autograd.Function):
@@ -87,7 +89,7 @@ class _Shared(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.shards.add_up(grad), None
+        return ctx.shards.add_up_value(grad), None
 
 
 def is_dtensor(t: Any) -> bool:
@@ -114,6 +116,25 @@ def local(t: Tensor) -> Tensor:
 def gathered(t: Tensor) -> Tensor:
     """All elements of a DTensor, on every rank; any other tensor itself."""
     return t.full_tensor() if is_dtensor(t) else t
+
+
+def place_gradient(t: Tensor) -> bool:
+    """Place the gradient of `t` as `t` is, as an optimizer's arithmetic would; False if it cannot
+    be: autograd leaves sums over ranks, say, where a replicated parameter met a sharded batch."""
+    grad = t.grad
+    if grad is None or placed_alike(grad, t):
+        return True
+    if not on_one_mesh(grad, t):
+        return False
+    with torch.no_grad():
+        t.grad = grad.redistribute(placements=t.placements)
+    return True
+
+
+def on_one_mesh(a: Tensor, b: Tensor) -> bool:
+    if not is_dtensor(b):
+        return not is_dtensor(a)
+    return is_dtensor(a) and a.device_mesh == b.device_mesh
 
 
 def differentiable(t: Tensor) -> Tensor:

@@ -19,7 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
 
-from .distributed import Shards, check_beside, check_placed, local, placed_alike, shards_of
+from .distributed import (
+    Shards,
+    check_beside,
+    check_placed,
+    local,
+    on_one_mesh,
+    place_gradient,
+    shards_of,
+)
 from .penalties import Penalty
 
 Params = nn.Module | Tensor | Mapping[str, Tensor] | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
@@ -166,7 +174,8 @@ def check_gradient(grad: Tensor, t: Tensor, name: str) -> None:
         raise ValueError(
             f"{name}: {describe(t)} on {t.device} has a gradient {describe(grad)} on {grad.device}"
         )
-    check_beside(grad, t, name, "gradient")
+    if not on_one_mesh(grad, t):
+        check_beside(grad, t, name, "gradient")
 
 
 def check_gradients(
@@ -212,12 +221,12 @@ def check_pair(pair: Pair, t: Tensor, name: str) -> None:
 def stand_in(t: Tensor) -> Tensor:
     """What this rank holds of a DTensor, with its gradient as `.grad`.
 
-    Raises GradientMismatch if it is not what the rank holds of the gradient.
+    Raises GradientMismatch if the gradient cannot be placed as the DTensor is.
     """
-    own = local(t).detach()
-    if (grad := t.grad) is not None:
-        if not placed_alike(grad, t):
-            raise GradientMismatch
+    if not place_gradient(t):
+        raise GradientMismatch
+    own, grad = local(t).detach(), t.grad
+    if grad is not None:
         own.grad = local(grad)
     return own
 
@@ -338,6 +347,7 @@ class Pack:
     anchors: list[Pair] | None = None  # [rows] held; None if no row has any
     anchor_dtypes: list[tuple[torch.dtype | None, ...]] = field(default_factory=list)
     shards: Shards | None = None  # of DTensors: the rows are what this rank holds of them
+    given: list[Pair] = field(default_factory=list)  # [rows] the anchors, not only what it holds
     layouts: dict[str, Any] = field(default_factory=dict)  # what each backend keeps for the pack
 
     @cached_property
@@ -435,6 +445,7 @@ def build(
         anchored = pair[0] is not None or pair[1] is not None
         if anchored:
             check_pair(pair, t, label(i))
+        given = pair
         if (shards := shards_of(t)) is not None:
             t, pair = local(t), tuple(None if beside is None else local(beside) for beside in pair)
         reason = irregular(t)
@@ -451,6 +462,7 @@ def build(
             packs[key] = pack
         if anchored:
             pack.anchors.append(pair)
+            pack.given.append(given)
             pack.anchor_dtypes.append(dtypes(pair))
         pack.rows.append(i)
         pack.rule_of.append(rule_of[i])

@@ -23,6 +23,7 @@ from torch.distributed.tensor.parallel import (
 
 import pyreg
 from pyreg import optim, sweeps
+from pyreg.metric import Metric
 from pyreg.optim import fused
 from pyreg.pack import Packs, label
 
@@ -82,7 +83,13 @@ def two_ways(model: nn.Module) -> nn.Module:
     return fully_shard(model, mesh=mesh["dp"])
 
 
-KINDS = {"fsdp": flat, "hsdp": hybrid, "tp and fsdp": two_ways}
+def in_parallel(model: nn.Module) -> nn.Module:
+    """Tensor parallelism alone."""
+    mesh = init_device_mesh("cpu", (RANKS,))
+    return parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+
+
+KINDS = {"tp": in_parallel, "fsdp": flat, "hsdp": hybrid, "tp and fsdp": two_ways}
 
 
 def pairs(dtype: torch.dtype = torch.float32) -> Iterator[tuple[nn.Module, nn.Module]]:
@@ -311,22 +318,206 @@ def on_a_step_without_a_penalty_asks_nobody() -> None:
 
 
 @scenario
-def on_random_rounding() -> None:
-    """Each part by its own numbers, replicas by the same."""
-    mesh = init_device_mesh("cpu", (2, 2))
-    for placements, apart in (((Replicate(), Shard(0)), True), ((Replicate(), Replicate()), False)):
-        w = distribute_tensor(torch.ones(64, 8, dtype=torch.bfloat16), mesh, placements)
-        p = nn.Parameter(w)
-        opt = optim.SGD([p], lr=2**-9, stochastic_rounding=True, seed=5)
-        for _ in range(3):
-            p.grad = torch.ones_like(p)
+def on_gradients_placed_otherwise() -> None:
+    """As tensor parallelism leaves them: sums over ranks of a parameter that all have."""
+    mesh = init_device_mesh("cpu", (RANKS,))
+    x = torch.arange(32.0).view(8, 4)
+    for mode in ("grad", "prox"):
+        ends = []
+        for placed in (lambda t, p: t, lambda t, p: distribute_tensor(t, mesh, [p])):
+            w = nn.Parameter(placed(torch.linspace(-1, 1, 4), Replicate()))
+            v = nn.Parameter(placed(torch.linspace(-1, 1, 32).view(8, 4), Shard(0)))
+            (placed(x, Shard(0)) * w).sum().backward()
+            v.grad = placed(x.clone(), Replicate())
+            opt = optim.SGD([w, v], lr=0.01, regularizer=pyreg.L1(0.1), mode=mode)
             opt.step()
-        own = [torch.empty_like(p.to_local()) for _ in range(RANKS)]
-        dist.all_gather(own, p.detach().to_local().contiguous())
-        assert len(own[0].unique()) > 1
-        assert torch.equal(own[0], own[2])
-        assert torch.equal(own[1], own[3])
-        assert torch.equal(own[0], own[1]) != apart
+            reg = pyreg.Regularizer({"w": w, "v": v}, pyreg.L1(0.1))
+            reg.accumulate_()
+            found = [w.detach(), v.detach(), w.grad, v.grad]
+            ends.append([t.full_tensor() if isinstance(t, DTensor) else t for t in found])
+        for a, b in zip(*ends, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@scenario
+def on_other_layouts_of_one_rank() -> None:
+    """What one rank holds has other strides, or gaps: the ranks still ask each other the same."""
+    mesh, first = init_device_mesh("cpu", (RANKS,)), dist.get_rank() == 0
+    whole = torch.linspace(-1, 1, 48).view(8, 6)
+    for gaps in (False, True):
+        for mode in ("grad", "prox"):
+            own = whole.chunk(RANKS)[dist.get_rank()].clone()
+            if gaps and first:
+                own = own.repeat_interleave(2, 1)[:, ::2]
+            p = nn.Parameter(_of(own, mesh, whole))
+            p.grad = _of(own.t().contiguous().t() if first else own.clone(), mesh, whole)
+            q = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
+            q.grad = q.detach().clone()
+            plain = nn.Parameter(whole.clone()), nn.Parameter(whole.clone())
+            ends = []
+            for params in ((p, q), plain):
+                for t in plain:
+                    t.grad = whole.clone()
+                opt = optim.AdamW(params, lr=0.1, regularizer=pyreg.L1(0.3), mode=mode)
+                opt.step()
+                value = opt.regularizer.last_value["*"]
+                lam, c = (torch.tensor(x, requires_grad=True) for x in (0.3, 0.2))
+                named = dict(zip("pq", params, strict=True))
+                pyreg.Regularizer(named, {"p": pyreg.L1(lam), "q": pyreg.L2(c)})().backward()
+                ends.append((value, torch.tensor(opt.last_zeros), lam.grad, c.grad))
+            for a, b in zip(*ends, strict=True):
+                close(a, b, 1e-5)
+            torch.testing.assert_close(p.detach().full_tensor(), plain[0].detach())
+
+
+def _of(own: Tensor, mesh: DeviceMesh, whole: Tensor) -> DTensor:
+    stride = whole.stride()
+    return DTensor.from_local(
+        own, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=stride
+    )
+
+
+@scenario
+def on_second_derivatives() -> None:
+    for plain, sharded in pairs():
+        found = []
+        for model in (plain, sharded):
+            lam = torch.tensor(0.3, requires_grad=True)
+            value = pyreg.Regularizer(model, pyreg.L2(lam))()
+            (slope,) = torch.autograd.grad(value, lam, create_graph=True)
+            (slope**2 + lam**3).backward()
+            found.append((slope.detach(), lam.grad, model[0].weight.grad))
+        close(found[0][0], found[1][0])
+        close(found[0][1], found[1][1])
+
+
+@scenario
+def on_a_change_before_backward() -> None:
+    for _, sharded in pairs():
+        w = sharded[0].weight
+        anchor = {n: torch.zeros_like(p.detach()) for n, p in sharded.named_parameters()}
+        for penalty, changed in (
+            (pyreg.L2(0.1), w),
+            (pyreg.L2(0.1, anchor=anchor), anchor["0.weight"]),
+        ):
+            value = pyreg.Regularizer(sharded, penalty)()
+            with torch.no_grad():
+                changed.add_(1.0)
+            with pytest.raises(RuntimeError, match=r"0\.weight.*modified by an inplace operation"):
+                value.backward()
+
+
+@scenario
+def on_reading_on_one_rank() -> None:
+    for anchored in (False, True):
+        for _, sharded in pairs():
+            anchor = {n: torch.zeros_like(p.detach()) for n, p in sharded.named_parameters()}
+            rule = pyreg.L1(0.1, anchor=anchor if anchored else None)
+            reg = pyreg.Regularizer(sharded, rule)
+            opt = optim.SGD(sharded.parameters(), lr=0.1, regularizer=reg, mode="prox")
+            opt.step()
+            if dist.get_rank() == 0:
+                assert opt.last_zeros >= 0
+                assert reg.last_value["*"] > 0
+                assert "sharded over" in str(reg)
+            dist.barrier()
+
+
+@scenario
+def on_unsharded_parameters_of_a_module() -> None:
+    """As FSDP leaves them between a forward and its backward: not the optimizer's."""
+    sharded = flat(net())
+    reg = pyreg.Regularizer(sharded, RULES)
+    opt = optim.SGD(sharded.parameters(), lr=0.1, regularizer=reg)
+    for p in sharded.parameters():
+        p.grad = torch.zeros_like(p)
+    with torch.no_grad():
+        sharded(torch.ones(2, 7))
+    with pytest.raises(ValueError, match=r"does not hold '0\.weight'"):
+        opt.step()
+    sharded.reshard()
+    opt.step()
+
+
+@scenario
+def on_versions() -> None:
+    """Autograd hears of what is changed in place."""
+    for _, sharded in pairs():
+        opt = optim.AdamW(sharded.parameters(), lr=0.1, regularizer=pyreg.L1(0.1), mode="prox")
+        before = [s._version for s in sharded.parameters()]
+        opt.step()
+        between = [s._version for s in sharded.parameters()]
+        assert all(a < b for a, b in zip(before, between, strict=True))
+        params = list(sharded.parameters())
+        packs = Packs(("l1",), [0] * len(params))
+        metrics = [Metric(torch.ones_like(p.detach()), 0.1) for p in params]
+        sweeps.prox_in_metric(packs, params, metrics, (pyreg.L1(0.1),), label)
+        assert all(s._version > v for s, v in zip(params, between, strict=True))
+        metrics[0] = Metric(torch.ones(params[0].shape), 0.1)
+        with pytest.raises(ValueError, match=r"params\[0\].*its moment is a tensor of one rank"):
+            sweeps.prox_in_metric(packs, params, metrics, (pyreg.L1(0.1),), label)
+
+
+@scenario
+def on_memory_of_what_a_rank_holds() -> None:
+    mesh = init_device_mesh("cpu", (RANKS,))
+    block = torch.ones(6)
+    a, b = (DTensor.from_local(block[i : i + 4], mesh, [Shard(0)]) for i in (0, 2))
+    p, q = (nn.Parameter(distribute_tensor(torch.ones(16), mesh, [Shard(0)])) for _ in "pq")
+    p.grad, q.grad = a, b
+    with pytest.raises(ValueError, match="their gradients share memory"):
+        pyreg.Regularizer({"p": p, "q": q}, pyreg.L1(0.1)).accumulate_()
+    part = DTensor.from_local(p.detach().to_local(), mesh, [Shard(0)])
+    with pytest.raises(ValueError, match="shares memory with it"):
+        pyreg.Regularizer({"p": p}, pyreg.L1(0.1, anchor={"p": part}))
+    rules = {"p": pyreg.L1(0.1, anchor={"p": q}), "q": pyreg.L2(1)}
+    pyreg.Regularizer({"p": p, "q": q}, rules).prox_(0.5)
+    assert q.detach().full_tensor().tolist() == [0.5] * 16
+    expected = torch.full((16,), 0.95)  # from q as it is by now, as of plain tensors
+    assert torch.equal(p.detach().full_tensor(), expected)
+    p.detach().to_local().untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="has no memory"):
+        pyreg.Regularizer({"p": p}, pyreg.L1(0.1))
+
+
+@scenario
+def on_master_weights_changed_by_hand() -> None:
+    mesh = init_device_mesh("cpu", (RANKS,))
+    p = nn.Parameter(distribute_tensor(torch.ones(16, dtype=torch.bfloat16), mesh, [Shard(0)]))
+    opt = optim.SGD([p], lr=0.1, master_weights=True)
+    p.grad = torch.ones_like(p)
+    opt.step()
+    with torch.no_grad():
+        p.to_local().mul_(2)
+    with pytest.raises(ValueError, match="its master weights are not what it is"):
+        opt.step()
+
+
+@scenario
+def on_random_rounding() -> None:
+    """Each part by its own numbers, replicas by the same; in one sweep, and in torch's own step."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    for placements, parts in (
+        ((Replicate(), Shard(0)), (0, 1, 0, 1)),
+        ((Replicate(), Replicate()), (0, 0, 0, 0)),
+        ((Shard(0), Replicate()), (0, 0, 1, 1)),
+        ((Shard(0), Shard(1)), (0, 1, 2, 3)),
+    ):
+        for anchored in (False, True):
+            w = distribute_tensor(torch.ones(64, 8, dtype=torch.bfloat16), mesh, placements)
+            p = nn.Parameter(w)
+            anchor = {"p": torch.zeros_like(w)} if anchored else None
+            reg = pyreg.Regularizer({"p": p}, pyreg.L1(0.0, anchor=anchor))
+            opt = optim.SGD([p], lr=2**-9, regularizer=reg, stochastic_rounding=True, seed=5)
+            for _ in range(3):
+                p.grad = torch.ones_like(p)
+                opt.step()
+            own = [torch.empty_like(p.to_local()) for _ in range(RANKS)]
+            dist.all_gather(own, p.detach().to_local().contiguous())
+            assert len(own[0].unique()) > 1
+            for i in range(RANKS):
+                for j in range(RANKS):
+                    assert torch.equal(own[i], own[j]) == (parts[i] == parts[j])
 
 
 def by_layer(model: nn.Module) -> nn.Module:
@@ -376,6 +567,11 @@ def on_packs_of_other_tensors() -> None:
             both = [sweeps.accumulate(packs, t, (rule,), 1.0, label)[0].total for t in tensors]
             close(*both)
             same(plain, sharded, gradients=True)
+            everywhere = [
+                t.detach().redistribute(placements=[Replicate()] * t.device_mesh.ndim)
+                for t in other
+            ]
+            close(sweeps.value(packs, everywhere, (rule,), label), both[0])
 
 
 @scenario
@@ -447,10 +643,11 @@ def on_bad_input() -> None:
     for p in (distribute_tensor(torch.ones(8, 3), mesh, [Shard(0)]),):
         p.requires_grad_()
         reg = pyreg.Regularizer({"w": p}, pyreg.L1(0.1))
-        p.grad = distribute_tensor(torch.ones(8, 3), mesh, [Replicate()])
+        other = init_device_mesh("cpu", (2, 2))
+        p.grad = distribute_tensor(torch.ones(8, 3), other, [Shard(0), Shard(0)])
         with pytest.raises(ValueError, match=r"'w'.*its gradient is a DTensor placed"):
             reg.accumulate_()
-        assert torch.equal(p.grad.to_local(), torch.ones(8, 3))
+        assert torch.equal(p.grad.full_tensor(), torch.ones(8, 3))
         opt = optim.SGD([p], lr=0.1, regularizer=pyreg.L1(0.1))
         with pytest.raises(ValueError, match=r"params\[0\].*its gradient is a DTensor placed"):
             opt.step()

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..distributed import Shards, check_beside, local, placed_alike
+from ..distributed import check_beside, local, placed_alike
 from ..metric import Metric, Number, metric_of
 from ..pack import Label
-from .precision import key_of
+from .precision import key_on_this_rank
 
 if TYPE_CHECKING:
     from .fused import Fused
@@ -69,12 +69,16 @@ def arguments(
     return Arguments(states, updates, sets, numbers)
 
 
+def lay_gradients(rows: list[Tensor]) -> None:
+    """Give gradients that have other strides copies in their row's: what one rank holds of a
+    DTensor must not make its step another than the other ranks'."""
+    for row in rows:
+        if row.grad.stride() != row.stride():
+            row.grad = torch.empty_like(row).copy_(row.grad)
+
+
 def on_this_rank(
-    told: Arguments,
-    in_float32: dict[str, list[Any]],
-    params: list[Tensor],
-    shards: Shards,
-    label: Label,
+    told: Arguments, in_float32: dict[str, list[Any]], params: list[Tensor], label: Label
 ) -> tuple[Arguments, dict[str, list[Any]]]:
     """What the rank holds of what lies beside parameters that are DTensors, and how it rounds.
 
@@ -91,9 +95,10 @@ def on_this_rank(
     if "masters" in in_float32:
         masters = own(in_float32["masters"], "master weights")
         in_float32 = {**in_float32, "masters": masters}
-    if "keys" in in_float32:  # other numbers for other parts, and the same for replicas
-        keys = [None if k is None else key_of(k, shards.part, 0) for k in in_float32["keys"]]
-        in_float32 = {**in_float32, "keys": keys}
+    if "keys" in in_float32:
+        keys = zip(in_float32["keys"], params, strict=True)
+        own_keys = [None if k is None else key_on_this_rank(k, p) for k, p in keys]
+        in_float32 = {**in_float32, "keys": own_keys}
     return told._replace(states=states), in_float32
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..attachment import add_gradients, ascends, metric_of_rows
-from ..distributed import is_dtensor
+from ..distributed import is_dtensor, place_gradient, shards_of
 from ..metric import metric_of
 from ..sweeps import Value, accumulate, prox_in_metric
 from .parts import Part, Stepped, Uncounted
@@ -26,6 +26,10 @@ def step_by_torch(optimizer: Fused, part: Part, tensors: list[Tensor], wide: lis
     """torch's own step, and the penalty beside it as `Regularizer.attach` has it."""
     reg, scale = optimizer.regularizer, getattr(optimizer, "grad_scale", None)
     optimizer._check_before_torch(tensors)
+    sharded = any(map(is_dtensor, tensors))
+    whole = part.rows is None and not sharded  # (ranks add up part by part)
+    for t in tensors if sharded else ():
+        place_gradient(t)
     # They are unscaled now, and this step is not skipped.
     kept, value = vars(optimizer), None
     scaler = {k: kept.pop(k) for k in ("grad_scale", "found_inf") if k in kept}
@@ -36,10 +40,10 @@ def step_by_torch(optimizer: Fused, part: Part, tensors: list[Tensor], wide: lis
                 grads = [standing.get(id(t), t).grad for t in tensors]
                 torch._foreach_div_(grads, float(scale))
             if reg is not None and optimizer.mode == "grad":
-                value = _add_gradients(optimizer, part, tensors, standing)
+                value = _add_gradients(optimizer, whole, tensors, standing)
             inspect.unwrap(optimizer._torch.step)(optimizer)
             if reg is not None and optimizer.mode == "prox":
-                value = _prox(optimizer, part, standing)
+                value = _prox(optimizer, whole, standing)
     finally:
         kept.update(scaler)
     if reg is None:
@@ -47,9 +51,10 @@ def step_by_torch(optimizer: Fused, part: Part, tensors: list[Tensor], wide: lis
     of = {id(row.param): optimizer.state[row.param][MASTER] for row in wide if row.mastered}
     own = set(map(id, tensors))
     zeros = Uncounted([of.get(id(t), t) for _, t in reg.trainable() if id(t) in own])
-    if any(map(is_dtensor, tensors)):  # now, with all ranks: later one alone may ask
-        zeros = int(zeros)
-    return Stepped(value, zeros, part.rows is None)
+    if sharded and zeros.tensors:  # now, with all ranks: later one alone may ask
+        counted = torch.tensor(float(int(zeros)), dtype=torch.float64)
+        return Stepped(value, shards_of(tensors[0]).add_up(counted))
+    return Stepped(value, zeros, whole)
 
 
 @contextmanager
@@ -66,15 +71,15 @@ def _holding(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Iterator[Non
 
 
 def _add_gradients(
-    optimizer: Fused, part: Part, tensors: list[Tensor], standing: Mapping[int, Tensor]
+    optimizer: Fused, whole: bool, tensors: list[Tensor], standing: Mapping[int, Tensor]
 ) -> Value | None:
-    """The penalty's, to those of the stand-ins too."""
+    """The penalty's, to those of the stand-ins too. `whole`: of all that it is on."""
     reg = optimizer.regularizer
-    if part.rows is None and not standing:
+    if whole and not standing:
         add_gradients(reg, optimizer, reg._active())
         return reg._last
-    own, group = part.ids(tensors), reg._active()
-    rows = [i for i, t in enumerate(group.tensors) if own is None or id(t) in own]
+    own, group = set(map(id, tensors)), reg._active()
+    rows = [i for i, t in enumerate(group.tensors) if whole or id(t) in own]
     if not rows:
         return None
     instead = [standing.get(id(group.tensors[i]), group.tensors[i]) for i in rows]
@@ -82,10 +87,10 @@ def _add_gradients(
     return accumulate(packs, instead, reg._penalties, sign, lambda i: group.label(rows[i]))[0]
 
 
-def _prox(optimizer: Fused, part: Part, standing: Mapping[int, Tensor]) -> Value | None:
+def _prox(optimizer: Fused, whole: bool, standing: Mapping[int, Tensor]) -> Value | None:
     """The penalty's, of the stand-ins too. (The metric is None of what this step leaves.)"""
     reg, metric = optimizer.regularizer, metric_of_rows(optimizer, metric_of(optimizer))
-    if part.rows is None and not standing:
+    if whole and not standing:
         reg._prox(metric)
         return reg._last
     group = reg._active()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..attachment import Mode, ascends, untraced
+from ..attachment import Mode, ascends, check_held, untraced
 from ..dispatch import stepper
 from ..look import count
 from ..metric import Metric, Number, check_moment, gain
@@ -26,7 +26,7 @@ from ..pack import (
 from ..penalties import L1, Penalty
 from ..regularizer import Regularizer
 from ..sweeps import Value, accumulate, add_up, add_values, changed
-from .arguments import Rows, arguments, on_this_rank
+from .arguments import Rows, arguments, lay_gradients, on_this_rank
 from .by_torch import step_by_torch
 from .parts import Part, Plan, Stepped, plan_of
 from .precision import MASTER, LowPrecision, Wide, widen_states
@@ -78,7 +78,8 @@ class Fused(LowPrecision):
             stochastic rounding at once, or the latter for float16; master weights of parameters
             that share memory; mode="prox" and a momentum of 1 or more. In a step: master weights
             that disagree with their parameter (named), which was changed or loaded without them; a
-            state (named) of which a part is missing; mode="grad" and two gradients (named) in one
+            parameter (named) that is penalised by now and not the optimizer's; a state (named) of
+            which a part is missing; mode="grad" and two gradients (named) in one
             memory.
         TypeError: a regularizer that is none; a seed that is no integer.
         RuntimeError: mode="grad" and a penalty that has no gradient (L0). In a step that a CUDA
@@ -299,6 +300,8 @@ class Fused(LowPrecision):
             counters, counted = [counter for rows in found for counter in rows.counters], []
             try:
                 rows = pack.local(tensors, stand_in)
+                if pack.shards is not None:
+                    lay_gradients(rows)
                 scaler = self._scaler(pack.device, counters)
                 if scaler is None or (steps := count(counters)) is None:
                     return None
@@ -306,7 +309,7 @@ class Fused(LowPrecision):
                 told = arguments(self, groups, found, steps, scale)
                 in_float32 = self._in_float32(tensors, of_param)
                 if pack.shards is not None:
-                    told, in_float32 = on_this_rank(told, in_float32, tensors, pack.shards, named)
+                    told, in_float32 = on_this_rank(told, in_float32, tensors, named)
                 done = backend.step(
                     pack,
                     rows,
@@ -334,8 +337,10 @@ class Fused(LowPrecision):
             if done is None or reg is None:
                 return None if done is None else Stepped()
             value, of_rules, zeros = done
-            if pack.shards is not None:
-                [value], [of_rules], [zeros] = add_up(current, [value], [of_rules], [zeros])
+            if pack.shards is not None and any(part.penalised):
+                # (Asked in the order of `step_by_torch`, which may be another rank's way.)
+                [value], [of_rules] = add_up(current, [value], [of_rules])
+                [zeros] = add_up(current, [zeros])[0]
             value = add_values([value], part.packs.value_dtype)
             return Stepped(Value(value, [of_rules]), zeros)
 
@@ -374,6 +379,8 @@ class Fused(LowPrecision):
         penalised = None if self.regularizer is None else self.regularizer._active()
         key = (penalised, list(map(id, tensors)))
         if self._plan is None or self._plan[0] != key:
+            if penalised is not None:
+                check_held(self.regularizer, self)
             self._plan = (key, plan_of(penalised, tensors))
         return self._plan[1]
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..distributed import gathered, shards_of
+from ..distributed import local, shards_of
 from ..pack import Packs
 from ..penalties import L1
 from ..sweeps import Value
@@ -54,12 +54,12 @@ class Stepped(NamedTuple):
 
 
 class Uncounted(NamedTuple):
-    """Weights of which the zeros are counted when somebody asks."""
+    """Weights of which the zeros, on this rank, are counted when somebody asks."""
 
     tensors: list[Tensor]
 
     def __int__(self) -> int:
-        return sum(int(gathered((t == 0).sum())) for t in self.tensors)
+        return sum(int((local(t) == 0).sum()) for t in self.tensors)
 
 
 def plan_of(penalised: Any, tensors: list[Tensor]) -> Plan:

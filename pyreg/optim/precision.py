@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..distributed import gathered
+from ..distributed import gathered, local, shards_of
 from ..metric import Metric, check_moment
 from ..pack import Label, has_own_dispatch, label, sharing_each_other
 
@@ -87,6 +87,12 @@ def key_of(seed: int, step: int, index: int) -> int:
     return key
 
 
+def key_on_this_rank(key: int, p: Tensor) -> int:
+    """Other random numbers for other parts of a DTensor, and the same for replicas."""
+    shards = shards_of(p)
+    return key if shards is None else key_of(key, shards.part, 0)
+
+
 def _scrambled(x: Any) -> Any:
     """csrc/half.h's, of an integer or of a tensor of int64 below 2^32."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
@@ -142,7 +148,11 @@ def stand_ins(optimizer: Optimizer, rows: Sequence[Wide]) -> Iterator[dict[int, 
         for row in rows:
             instead = standing[id(row.param)]
             wide, state = instead.detach(), optimizer.state.pop(instead, {})
-            row.param.copy_(wide if row.key is None else round_at_random(wide, row.key))
+            if row.key is None:
+                row.param.copy_(wide)
+            else:
+                key = key_on_this_rank(row.key, row.param)
+                local(row.param).copy_(round_at_random(local(wide), key))
             if row.mastered:
                 state[MASTER] = wide
             if state:
@@ -308,4 +318,5 @@ def captured(p: Tensor) -> bool:
 
 def _look(p: Tensor) -> tuple[int, int]:
     """What changes when a parameter is assigned to, but for changes in place of `p.data`."""
-    return p._version, 0 if has_own_dispatch(p) else p.data_ptr()
+    own = local(p)
+    return p._version + own._version, 0 if has_own_dispatch(own) else own.data_ptr()
