@@ -109,7 +109,7 @@ def local(t: Tensor) -> Tensor:
     """What this rank holds of a DTensor, without a graph; any other tensor itself."""
     if not is_dtensor(t):
         return t
-    own = t._local_tensor  # (`to_local` takes ten times as long)
+    own = t._local_tensor  # (`to_local` takes much longer)
     return own if type(own) is Tensor or not hasattr(own, "wait") else own.wait()
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 import torch.multiprocessing
@@ -18,19 +16,10 @@ import sharded
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
     """{scenario.rank: what it raised, or nothing}, of one run of them all."""
-    # Of some 35 runs one ended with a rank's "munmap_chunk(): invalid pointer", nobody knows why
-    # (the address sanitizer finds nothing in three): then once more, with a warning.
-    for last in (False, True):
-        folder = tmp_path_factory.mktemp("ranks")
-        try:
-            torch.multiprocessing.start_processes(
-                sharded.run, (folder,), nprocs=sharded.RANKS, start_method="spawn"
-            )
-            break
-        except torch.multiprocessing.ProcessExitedException as error:
-            if last:
-                raise
-            warnings.warn(f"a rank died, and all are run again: {error}", stacklevel=1)
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.start_processes(
+        sharded.run, (folder,), nprocs=sharded.RANKS, start_method="spawn"
+    )
     return {path.name: path.read_text() for path in folder.glob("*.[0-9]")}
 
 
