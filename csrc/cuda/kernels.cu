@@ -33,9 +33,8 @@
 //   net have kernels of their own, in which each has a loop for each dtype: 24 bodies share 80
 //   registers. A pack with any other penalty goes through kernels that know all nine. There, and in
 //   prox_in_metric, all dtypes share a penalty's body (rows.h): a loop for each would take minutes
-//   to compile. It takes some 128 registers, so 384 to 512 threads are resident, and a thread asks
-//   for 32 to 128 bytes at a time: less is in flight, but most of those penalties have divisions to
-//   do meanwhile.
+//   to compile. It takes 80 registers, 96 in a metric, so 640 to 768 threads are resident, and a
+//   thread asks for 16 to 64 bytes of each of its streams at a time.
 // - prox_in_metric reads the value off the new weights before they leave the registers. So does an
 //   optimizer's step (step.h), which has 160 bytes of a thread in flight for a float32 Adam.
 
@@ -49,17 +48,21 @@ namespace {
 
 // As many blocks as run at a time without a register being spilled, as
 // tests/test_cuda_machine_code.py shows. Where each penalty and dtype has a loop of its own, 80
-// registers a thread on sm_90, 96 before it, 128 after it, where the compiler takes more; else up
-// to 168, of which it takes 128 before sm_100 (so four blocks run) and a few more from there on.
+// registers a thread on sm_90, 96 before it, 128 after it, where the compiler takes more; where
+// they share one, 80 before sm_100 and 128 from there on, but in prox_in_metric 96, and in a step
+// 168.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kBlocksOfOwnLoops = 4;
+constexpr int kBlocksOfOwnLoops = 4, kBlocksOfShared = 4, kBlocksInMetric = 4;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-constexpr int kBlocksOfOwnLoops = 6;
+constexpr int kBlocksOfOwnLoops = 6, kBlocksOfShared = 6, kBlocksInMetric = 5;
 #else
-constexpr int kBlocksOfOwnLoops = 5;
+constexpr int kBlocksOfOwnLoops = 5, kBlocksOfShared = 6, kBlocksInMetric = 5;
 #endif
 template <Sweep S, Family F>
-constexpr int kBlocks = kHasOwnLoops<S, F> ? kBlocksOfOwnLoops : 3;
+constexpr int kBlocks = kHasOwnLoops<S, F>          ? kBlocksOfOwnLoops
+                        : S == Sweep::kStep         ? 3
+                        : S == Sweep::kProxInMetric ? kBlocksInMetric
+                                                    : kBlocksOfShared;
 
 // The executor of block.h: a thread runs each phase once.
 struct Device {

@@ -12,12 +12,9 @@
 namespace pyreg::cuda {
 
 // Elements that a thread has at a time, its slots: slot k lies in the k / kOwn-th row. As many as
-// some 128 registers hold: where the maths is short, more.
-template <Sweep S, Family F, class C>
-constexpr int kSlots = sizeof(C) == 8                                   ? kReadsBeside<S> ? 2 : 4
-                       : S == Sweep::kProxInMetric && F == Family::kAll ? kOwn
-                       : kReadsBeside<S> || S == Sweep::kProx           ? 2 * kOwn
-                                                                        : 4 * kOwn;
+// some 80 to 96 registers hold: two rows of lanes, one where something lies beside the weights.
+template <Sweep S, class C>
+constexpr int kSlots = (kReadsBeside<S> ? 1 : 2) * (sizeof(C) == 8 ? 2 : kOwn);
 
 template <int W>
 PYREG_DEVICE int offset_of(int thread, int slot) {
@@ -84,7 +81,8 @@ struct Kind {
   static constexpr int W = W_;
 };
 
-// body(Kind), for compute type C.
+// body(Kind), for compute type C. (Exactly one of the bodies runs, as the compiler sees it too:
+// else it would keep what they set, as it was before, in registers of its own.)
 template <class T, class D, class Body>
 PYREG_DEVICE void by_width(bool wide, const Body& body) {
   if (wide)
@@ -103,9 +101,12 @@ PYREG_DEVICE void by_kind(DType dtype, bool float32, bool wide, const Body& body
   if constexpr (sizeof(C) == sizeof(double)) {
     by_moment<S, double>(float32, wide, body);
   } else {
-    if (dtype == DType::kFloat32) by_moment<S, float>(float32, wide, body);
-    if (dtype == DType::kBFloat16) by_moment<S, BFloat16>(float32, wide, body);
-    if (dtype == DType::kFloat16) by_moment<S, Float16>(float32, wide, body);
+    if (dtype == DType::kFloat32)
+      by_moment<S, float>(float32, wide, body);
+    else if (dtype == DType::kBFloat16)
+      by_moment<S, BFloat16>(float32, wide, body);
+    else
+      by_moment<S, Float16>(float32, wide, body);
   }
 }
 
@@ -138,7 +139,7 @@ template <Sweep S, Family F, class C>
 PYREG_DEVICE void visit_rows(const Entry& entry, const Place& place, bool float32, bool wide,
                              int penalty, int thread, Numbers<C> numbers, C* first_sums,
                              C* second_sums) {
-  constexpr int N = kSlots<S, F, C>;
+  constexpr int N = kSlots<S, C>;
   constexpr bool kSumsOfOld = S == Sweep::kValue || S == Sweep::kAccumulate;
   const DType dtype = static_cast<DType>(entry.dtype);
 #pragma unroll 1
