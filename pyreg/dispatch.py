@@ -109,13 +109,13 @@ def choose(pack: Pack) -> Choice:
     """
     name = requested()
     if name != "auto":
-        b = backend(name, pack.device.type)
+        b = backend(name, pack.device_type)
         if (why := b.missing() or b.refuses(pack, by_name=True)) is not None:
             raise BackendError(f"backend {name!r} cannot serve: {why}")
         return Choice(b, "asked for by name")
     passed = []
     for name in _CLASSES:
-        b = backend(name, pack.device.type)
+        b = backend(name, pack.device_type)
         if (why := b.missing() or b.refuses(pack)) is None:
             return Choice(b, "; ".join(passed))
         passed.append(f"{name}: {why}")
@@ -131,5 +131,5 @@ def stepper(pack: Pack) -> Any:
         return chosen
     if requested() != "auto" or pack.irregular is not None:
         return None
-    b = backend("triton", pack.device.type)
+    b = backend("triton", pack.device_type)
     return b if (b.missing() or b.refuses(pack)) is None else None

@@ -351,6 +351,11 @@ class Pack:
     layouts: dict[str, Any] = field(default_factory=dict)  # what each backend keeps for the pack
 
     @cached_property
+    def device_type(self) -> str:
+        """(Torch takes half a microsecond to tell it.)"""
+        return self.device.type
+
+    @cached_property
     def is_wide(self) -> bool:
         """Whether any row is float64."""
         return any(dtype == torch.float64 for dtype, *_ in self.geometry)

@@ -83,7 +83,7 @@ _CAPTURED = -1  # the key of a queue that is captured
 
 def _current(device: torch.device) -> _Queue:
     """(Within `_on(device)`.)"""
-    if device.type == "cpu":
+    if load().device_type == "cpu":
         return _Queue(device, 0, False, 0)
     handle = torch._C._cuda_getCurrentRawStream(device.index)
     capturing = torch.cuda.is_current_stream_capturing()
@@ -106,7 +106,7 @@ _AS_IT_IS = nullcontext()
 
 def _on(device: torch.device) -> Any:
     """A block in which this is the current device."""
-    if device.type == "cpu" or torch.cuda.current_device() == device.index:
+    if load().device_type == "cpu" or torch.cuda.current_device() == device.index:
         return _AS_IT_IS
     return torch.cuda.device(device)
 
@@ -255,7 +255,7 @@ class CudaBackend:
             return pack.irregular
         if pack.anchors is not None:
             return "anchored penalties have no kernels there yet"
-        if pack.device.type != load().device_type:
+        if pack.device_type != load().device_type:
             return f"no native sweeps for device {pack.device}"
         if torch.version.hip:
             return "no native sweeps for ROCm devices"
@@ -428,7 +428,7 @@ class CudaBackend:
         return Left(out, torch.float64, slice(-2 - len(pack.penalties), -2))
 
     def _value(self, pack: Pack, out: Tensor) -> Tensor:
-        return out.select(0, 0 if pack.is_wide else -4)
+        return out[0 if pack.is_wide else -4]
 
     def _state(self, pack: Pack, tensors: list[Tensor]) -> _State:
         state = pack.layouts.get(self.name)

@@ -70,7 +70,7 @@ class TritonBackend:
         if pack.irregular is not None:
             return pack.irregular
         serves = "cpu" if interpreted() else "cuda"
-        if pack.device.type != serves:
+        if pack.device_type != serves:
             return f"no Triton sweeps for device {pack.device} (they serve {serves} tensors here)"
         if interpreted() and not by_name:
             return "Triton's interpreter is slow, and runs only when asked for by name"
@@ -119,7 +119,7 @@ class TritonBackend:
         values = state.layout.accumulate(shown.tensors, shown.gradients, strengths, scale, anchors)
         for i in shown.others:
             add_gradient(pack.penalty(i, rules), tensors[i], scale)
-        return values.select(0, 0), _of_rules(values), shown.present
+        return values[0], _of_rules(values), shown.present
 
     def prox(
         self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty], step: float | Tensor
@@ -158,7 +158,7 @@ class TritonBackend:
                 own = pack.penalty(i, rules).value(tensors[i])
                 values[0] += own
                 values[1 + pack.rule_of[i]] += own
-        return values.select(0, 0), _of_rules(values)
+        return values[0], _of_rules(values)
 
     def step(
         self,
@@ -236,7 +236,7 @@ class TritonBackend:
             found_inf=found_inf,
         )
         torch.autograd.graph.increment_version(tensors)
-        return values.select(0, 0), _of_rules(values), zeros
+        return values[0], _of_rules(values), zeros
 
     def stats(self, pack: Pack, tensors: list[Tensor]) -> Tensor:
         state = self._state(pack, tensors)
