@@ -138,7 +138,7 @@ def _native_value(
                 rules = rules_of(pack.penalties, strengths.detach())
             # Function.apply would first look for functorch's dead wrappers, tensor by tensor.
             apply = super(torch.autograd.Function, _Value).apply
-            leaf = _everywhere() if pack.device.type == "cpu" else None
+            leaf = _everywhere() if pack.device_type == "cpu" else None
             return apply(_Call(backend, pack, rules, given, label), strengths, leaf, *rows)
     return backend.value(pack, rows, rules)[0]
 
@@ -235,7 +235,7 @@ def _added(ctx: Any, rows: list[Tensor], grad_output: Tensor) -> bool:
     call = ctx.call
     alone = threading.active_count() == 1
     if (
-        call.pack.device.type != "cpu"
+        call.pack.device_type != "cpu"
         or not (alone or (call.backend.name == "native" and _others_wait()))
         or torch.is_anomaly_enabled()
         or torch._C._len_torch_dispatch_stack()

@@ -50,7 +50,7 @@ class NativeBackend:
     def refuses(self, pack: Pack, by_name: bool = False) -> str | None:
         if pack.irregular is not None:
             return pack.irregular
-        if pack.device.type != "cpu":
+        if pack.device_type != "cpu":
             return f"no native sweeps for device {pack.device}"
         for name in pack.penalties:
             if name not in load().penalties:
