@@ -6,9 +6,8 @@ if __name__ != "pyreg.triton_kernels":
         "the Triton project ships a package named triton_kernels, which this one must not shadow"
     )
 
-from .launch import keep_for_graphs
 from .layout import Layout, unusable
 from .penalties import PENALTIES
 from .updates import UPDATES
 
-__all__ = ["PENALTIES", "UPDATES", "Layout", "keep_for_graphs", "unusable"]
+__all__ = ["PENALTIES", "UPDATES", "Layout", "unusable"]

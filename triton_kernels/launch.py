@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -137,7 +137,7 @@ CAPTURED = -1  # the key of a queue that is captured
 
 def current(device: torch.device) -> Queue:
     """(Where that is the current device.)"""
-    if device.type == "cpu":
+    if device.index is None:  # the CPU; its type takes torch half a microsecond to tell
         return Queue(device, 0, False, 0)
     handle = torch._C._cuda_getCurrentRawStream(device.index)
     capturing = torch.cuda.is_current_stream_capturing()
@@ -161,7 +161,7 @@ def keep_for_graphs(*tensors: Tensor) -> None:
 
 
 class Table:
-    """int64 numbers in device memory, copied on one stream; other streams wait for the copy.
+    """Numbers in device memory, copied on one stream; other streams wait for the copy.
 
     It never changes, as a captured graph goes on reading it.
     """
@@ -190,19 +190,26 @@ class Table:
 class Latest:
     """Numbers of 8 bytes in device memory, copied there when one is another than at the last call.
 
-    `changed` says in an error what it means that one is.
+    Errors say what they are, and what it means that one is another.
     """
 
-    def __init__(self, device: torch.device, changed: str) -> None:
-        self._device, self._changed = device, changed
+    def __init__(
+        self,
+        device: torch.device,
+        what: str,
+        dtype: torch.dtype = torch.float64,
+        changed: str = "have changed",
+    ) -> None:
+        self._device, self.what, self.dtype, self._changed = device, what, dtype, changed
         self._numbers = b""
         self._table: Table | None = None
 
     def on(self, queue: Queue, numbers: bytes) -> Tensor:
         if self._table is None or numbers != self._numbers:
             if queue.capturing:
-                raise _warm_up(self._changed if self._table else "there is no table yet")
-            host = torch.frombuffer(bytearray(numbers), dtype=torch.int64)
+                changed = f"{self.what} {self._changed}"
+                raise _warm_up(changed if self._table else "there is no table yet")
+            host = torch.frombuffer(bytearray(numbers), dtype=self.dtype)
             self._table = Table(host, self._device, queue)
             self._numbers = numbers
         return self._table.on(queue)
@@ -211,9 +218,8 @@ class Latest:
 class Ready(NamedTuple):
     """A kernel that is compiled, and what does not change from launch to launch."""
 
-    kernel: Any
-    grid: tuple[int, int, int]
-    fixed: dict[str, Any]  # arguments by name
+    run: Callable[..., None]  # it, on a grid
+    arguments: dict[str, Any]  # by name, in order; None for those that change
 
 
 class Plan:
@@ -250,16 +256,24 @@ class Plan:
                 Table(torch.tensor(numbers, dtype=torch.int64), self._device, queue)
                 for numbers in (cut.rows, cut.groups)
             )
-        rows, groups = self._tables
-        arguments = {**operands, "rows": rows.on(queue), "groups": groups.on(queue)}
-        arguments["out"] = rows.on(queue) if out is None else out
-        arguments["value"] = arguments["out"] if value is None else value
-        scratch = (arguments["rows"],) * 2 if out is None else self._scratch_of(queue)
-        arguments["partials"], arguments["counters"] = scratch
-        kernel = steps.step if sweep == "step" else sweeps.sweep
+        rows, groups = [table.on(queue) for table in self._tables]
         # What Triton would compile it for, plans apart: their constants are one plan's.
-        kind = (sweep, *[getattr(x, "dtype", None) for x in arguments.values()])
+        kind = (sweep, *[getattr(x, "dtype", None) for x in (*operands.values(), value)])
+        if out is None:
+            out = value = partials = counters = rows
+        else:
+            partials, counters = self._scratch_of(queue)
+        arguments = {
+            **operands,
+            "rows": rows,
+            "groups": groups,
+            "out": out,
+            "value": value,
+            "partials": partials,
+            "counters": counters,
+        }
         if (ready := self._ready.get(kind)) is None:
+            kernel = steps.step if sweep == "step" else sweeps.sweep
             share = share_of(self._device, sweep, self._heavy, cut)
             grid = (-(-cut.slots // share), 1, 1)
             fixed = {
@@ -274,12 +288,11 @@ class Plan:
                 fixed |= {"SWEEP": sweep, "STAGES": stages(sweep, self._heavy)}
             made = options(self._device, sweep, self._heavy)
             if (compiled := kernel[grid](**arguments, **fixed, **made)) is not None:
-                self._ready[kind] = Ready(compiled, grid, fixed)
+                in_order = {name: fixed.get(name) for name in kernel.arg_names}
+                self._ready[kind] = Ready(compiled[grid], in_order)
             return
         # Triton's own way here looks at every argument for some 40 us.
-        arguments |= ready.fixed
-        given = [arguments[name] for name in kernel.arg_names]
-        ready.kernel[ready.grid](*given, stream=queue.handle)
+        ready.run(*(ready.arguments | arguments).values(), stream=queue.handle)
 
     def _scratch_of(self, queue: Queue) -> tuple[Tensor, Tensor]:
         """Partials and zeroed counters: one pair for each stream, one for captured graphs."""

@@ -50,16 +50,16 @@ class Layout:
     device. A sweep is told where tensors are now: `w` and `g` are int64 [tensors] addresses as
     bytes, of memory that holds what the layout recorded, in storage order; that is the caller's to
     check. So are `anchors`, int64 [tensors, 2], 0 for none; a layout without any is told nothing.
-    `strengths` is float64 [rules, 2] on the device, 0 in columns that a penalty has no use for.
-    `scale` and `step` are float64 tensors of one element on the device, or numbers; of what a CUDA
-    graph captured, a replay reads tensors anew, and numbers are what they were. Graphs captured
-    from one layout share scratch memory: replay them one after the other.
+    `strengths` is float64 [rules, 2] on the device, or its bytes, 0 in columns that a penalty has
+    no use for. `scale` and `step` are float64 tensors of one element on the device, or numbers; of
+    what a CUDA graph captured, a replay reads tensors anew, and numbers are what they were. Graphs
+    captured from one layout share scratch memory: replay them one after the other.
 
     Raises:
         ValueError: a call's addresses or numbers are of another kind than those above; raised
             before anything is written.
-        RuntimeError: a CUDA graph is being captured, and a tensor moved since the last call or
-            there was none.
+        RuntimeError: a CUDA graph is being captured, and a tensor moved since the last call, a
+            number in bytes changed, or there was none.
     """
 
     def __init__(
@@ -94,13 +94,15 @@ class Layout:
         self._number = len(tensors)
         self._value_dtype = torch.float64 if torch.float64 in self._dtypes else torch.float32
         self._addresses = {
-            of: Latest(self.device, "a tensor is new or has moved")
+            of: Latest(self.device, "tensors", torch.int64, "are new or have moved")
             for of in ("w", "w of a prox", "g", "moments", "anchors", "step")
         }
-        self._metrics = Latest(self.device, "a number of a metric has changed")
-        self._set_numbers = Latest(self.device, "a number of the step has changed")
-        self._keys = Latest(self.device, "a key of stochastic rounding has changed")
+        self._strengths = Latest(self.device, "strengths")
+        self._metrics = Latest(self.device, "numbers of metrics")
+        self._set_numbers = Latest(self.device, "numbers of the step")
+        self._keys = Latest(self.device, "keys of stochastic rounding", torch.int64)
         self._numbers: dict[tuple[int, str], tuple[float, Tensor]] = {}
+        self._unasked: dict[int, Tensor] = {}
         if tensors:
             _check_usable(self.device)
         self._by_rule = self._plan_by_rule(self._dtypes)
@@ -142,25 +144,38 @@ class Layout:
         by_rule = cut(rows, [names.index(name) for name in self._penalties], 2)
         return by_rule, list(index), names
 
-    def value(self, w: bytes, strengths: Tensor, anchors: bytes = b"") -> tuple[Tensor, Tensor]:
+    def value(
+        self, w: bytes, strengths: Tensor | bytes, anchors: bytes = b""
+    ) -> tuple[Tensor, Tensor]:
         """sum over the rules of Omega(w; strengths), and each rule's sums. Reads N.
 
         Returns:
             float32 [] (float64 if any tensor is), and float64 [rules, 2], 0 in columns that a
             penalty has no use for.
         """
-        values, sums = self._totals()
-        self._sweep(self._by_rule, "value", w, None, anchors, strengths, strengths, sums, values)
+        values = self._values()
+        sums = torch.empty(self.rules, 2, dtype=torch.float64, device=self.device)
+        self._sweep(self._by_rule, "value", w, None, anchors, strengths, None, sums, values)
         return values[0], sums
 
     def gradient(
-        self, w: bytes, g: bytes, strengths: Tensor, scale: Tensor | float, anchors: bytes = b""
+        self,
+        w: bytes,
+        g: bytes,
+        strengths: Tensor | bytes,
+        scale: Tensor | float,
+        anchors: bytes = b"",
     ) -> None:
         """g = scale * grad Omega(w); where g is at 0, nothing. Reads N, writes N."""
         self._sweep(self._by_rule, "gradient", w, g, anchors, strengths, scale)
 
     def accumulate(
-        self, w: bytes, g: bytes, strengths: Tensor, scale: Tensor | float, anchors: bytes = b""
+        self,
+        w: bytes,
+        g: bytes,
+        strengths: Tensor | bytes,
+        scale: Tensor | float,
+        anchors: bytes = b"",
     ) -> Tensor:
         """g += scale * grad Omega(w), and the value. Reads 2 N, writes N.
 
@@ -170,11 +185,13 @@ class Layout:
             float32 [1 + rules] (float64 if any tensor is): the value, and each rule's, not
             multiplied by `scale`.
         """
-        values, sums = self._totals()
-        self._sweep(self._by_rule, "accumulate", w, g, anchors, strengths, scale, sums, values)
+        values = self._values()
+        self._sweep(self._by_rule, "accumulate", w, g, anchors, strengths, scale, None, values)
         return values
 
-    def prox(self, w: bytes, strengths: Tensor, step: Tensor | float, anchors: bytes = b"") -> None:
+    def prox(
+        self, w: bytes, strengths: Tensor | bytes, step: Tensor | float, anchors: bytes = b""
+    ) -> None:
         """w = argmin_u step * Omega(u) + (u - w)^2 / 2; where w is at 0, nothing. Reads N, writes
         N."""
         self._sweep(self._by_rule, "prox", w, None, anchors, strengths, step)
@@ -184,7 +201,7 @@ class Layout:
         w: bytes,
         moments: bytes,
         float32: bytes,
-        strengths: Tensor,
+        strengths: Tensor | bytes,
         metrics: Tensor | bytes,
         anchors: bytes = b"",
     ) -> Tensor:
@@ -212,9 +229,8 @@ class Layout:
             ]
             own = beside == self._dtypes
             self._in_metric[float32] = self._by_rule if own else self._plan_by_rule(beside)
-        values, sums = self._totals()
-        plan = self._in_metric[float32]
-        self._sweep(plan, "prox_in_metric", w, moments, anchors, strengths, metrics, sums, values)
+        values, plan = self._values(), self._in_metric[float32]
+        self._sweep(plan, "prox_in_metric", w, moments, anchors, strengths, metrics, None, values)
         return values
 
     def stats(self, w: bytes) -> Tensor:
@@ -224,7 +240,7 @@ class Layout:
             float64 [tensors, 5]. NaN propagates into the first three.
         """
         out = torch.empty(self._number, 5, dtype=torch.float64, device=self.device)
-        self._sweep(self._by_row, "stats", w, None, b"", out, out, out)
+        self._sweep(self._by_row, "stats", w, None, b"", out, None, out, out)
         return out
 
     def step(
@@ -236,7 +252,7 @@ class Layout:
         numbers: Tensor | bytes,
         penalised: bytes,
         prox: bool,
-        strengths: Tensor,
+        strengths: Tensor | bytes,
         scale: Tensor | float,
         *,
         masters: bytes | None = None,
@@ -289,17 +305,15 @@ class Layout:
                     f"expected {what}, one floating number on {self.device}, "
                     f"got {x.dtype} {list(x.shape)} on {x.device}"
                 )
-        self._check_strengths(strengths)
         plan = self._step_plan(updates, float32, penalised, prox, masters, keys is not None)
-        values = torch.empty(1 + self.rules, dtype=self._value_dtype, device=self.device)
+        values = self._values()
         zeros = torch.empty((), dtype=torch.int64, device=self.device)
         if not n:
             return values.zero_(), zeros.zero_()
-        sums = torch.empty(self.rules, STEP_TOTALS, dtype=torch.float64, device=self.device)
         with self._on_device():
             queue = current(self.device)
             if keys is not None:
-                keys = self._given(queue, keys, (n,), self._keys, torch.int64)
+                keys = self._given(queue, keys, (n,), self._keys)
             numbers = self._given(queue, numbers, (-1, NUMBERS), self._set_numbers)
             known = numbers.numel() // NUMBERS
             if not 0 <= min(sets) <= max(sets) < known:
@@ -309,13 +323,13 @@ class Layout:
                 "n_tensors": n,
                 "keys": keys,
                 "numbers": numbers,
-                "strengths": strengths,
+                "strengths": self._given(queue, strengths, (self.rules, 2), self._strengths),
                 "scale": self._scale(queue, "step", scale),
                 "grad_scale": grad_scale,
                 "found_inf": found_inf,
                 "zeros": zeros,
             }
-            plan.launch(queue, "step", operands, sums, values)
+            plan.launch(queue, "step", operands, self._sums(queue), values)
         return values, zeros
 
     def _step_plan(
@@ -347,10 +361,9 @@ class Layout:
             self._steps[key] = Plan(self.device, by_rule, STEP_TOTALS, names, made)
         return self._steps[key]
 
-    def _totals(self) -> tuple[Tensor, Tensor]:
-        """Memory for the values, in the dtype that is asked for in the end, and for the sums."""
-        values = torch.empty(1 + self.rules, dtype=self._value_dtype, device=self.device)
-        return values, torch.empty(self.rules, 2, dtype=torch.float64, device=self.device)
+    def _values(self) -> Tensor:
+        """Memory for the value and each rule's, in the dtype that is asked for in the end."""
+        return torch.empty(1 + self.rules, dtype=self._value_dtype, device=self.device)
 
     def _sweep(
         self,
@@ -359,8 +372,8 @@ class Layout:
         w: bytes,
         g: bytes | None,
         anchors: bytes,
-        strengths: Tensor,
-        scale: Tensor | float | bytes,
+        strengths: Tensor | bytes,
+        scale: Tensor | float | bytes | None,
         out: Tensor | None = None,
         value: Tensor | None = None,
     ) -> None:
@@ -369,13 +382,11 @@ class Layout:
                 raise ValueError(
                     f"expected {self._number} addresses of 8 bytes, got {len(addresses)} bytes"
                 )
-        if sweep != "stats":
-            self._check_strengths(strengths)
-            if len(anchors) != 16 * self._number * self._anchored:
-                raise ValueError(
-                    f"expected {2 * self._number * self._anchored} addresses of anchors, "
-                    f"of 8 bytes, got {len(anchors)} bytes"
-                )
+        if sweep != "stats" and len(anchors) != 16 * self._number * self._anchored:
+            raise ValueError(
+                f"expected {2 * self._number * self._anchored} addresses of anchors, "
+                f"of 8 bytes, got {len(anchors)} bytes"
+            )
         if not self._number:
             for total in (out, value):
                 if total is not None:
@@ -389,21 +400,33 @@ class Layout:
             beside = self._addresses["moments" if in_metric else "g"]
             gradients = tensors if g is None else beside.on(queue, g)
             pairs = self._addresses["anchors"].on(queue, anchors) if anchors else None
+            if sweep != "stats":
+                strengths = self._given(queue, strengths, (self.rules, 2), self._strengths)
             if in_metric:
                 scale = self._given(queue, scale, (self._number, METRIC), self._metrics)
-            else:
+            elif scale is not None:
                 scale = self._scale(queue, sweep, scale)
             operands = {
                 "tensors": tensors,
                 "gradients": gradients,
                 "anchors": pairs,
                 "strengths": strengths,
-                "scale": scale,
+                "scale": strengths if scale is None else scale,
             }
+            if out is None and value is not None:
+                out = self._sums(queue)
             plan.launch(queue, sweep, operands, out, value)
 
+    def _sums(self, queue: Queue) -> Tensor:
+        """Memory for sums that nobody asks for: one for each stream and each captured graph."""
+        sums = self._unasked.get(queue.key)
+        if sums is None or queue.capturing:
+            sums = torch.empty(self.rules * STEP_TOTALS, dtype=torch.float64, device=self.device)
+            self._unasked[queue.key] = sums
+        return sums
+
     def _on_device(self) -> AbstractContextManager:
-        if self.device.type == "cpu" or torch.cuda.current_device() == self.device.index:
+        if self.device.index is None or torch.cuda.current_device() == self.device.index:
             return nullcontext()
         return torch.cuda.device(self.device)
 
@@ -413,21 +436,21 @@ class Layout:
         x: Tensor | bytes,
         shape: tuple[int, ...],
         latest: Latest,
-        dtype: torch.dtype = torch.float64,
     ) -> Tensor:
-        """x in device memory; a first size of -1 may be any."""
+        """x in device memory, of the dtype of `latest`; a first size of -1 may be any."""
+        dtype = latest.dtype
         if isinstance(x, Tensor):
             expected = x.shape[:1] + shape[1:] if shape[0] < 0 else shape
             if (x.dtype, *x.shape) != (dtype, *expected) or x.device != self.device:
                 raise ValueError(
-                    f"expected {dtype} {list(shape)} on {self.device}, "
+                    f"expected {dtype} {list(shape)} on {self.device} as {latest.what}, "
                     f"got {x.dtype} {list(x.shape)} on {x.device}"
                 )
             return x.contiguous()
         size = 8 * abs(math.prod(shape))
         if len(x) % size if shape[0] < 0 else len(x) != size:
-            raise ValueError(f"expected {dtype} {list(shape)}, got {len(x)} bytes")
-        return latest.on(queue, x).view(dtype)
+            raise ValueError(f"expected {dtype} {list(shape)}, got {len(x)} bytes as {latest.what}")
+        return latest.on(queue, x)
 
     def _scale(self, queue: Queue, sweep: str, x: Tensor | float) -> Tensor:
         """x in device memory; a number is written there by the stream itself when it changed."""
@@ -447,18 +470,6 @@ class Layout:
             tensor.fill_(x)
             self._numbers[queue.key, sweep] = (x, tensor)
         return tensor
-
-    def _check_strengths(self, strengths: Tensor) -> None:
-        if (
-            strengths.dtype != torch.float64
-            or strengths.shape != (self.rules, 2)
-            or (strengths.device != self.device and self._number)
-            or not strengths.is_contiguous()
-        ):
-            raise ValueError(
-                f"expected contiguous strengths, float64 [{self.rules}, 2] on {self.device}, "
-                f"got {strengths.dtype} {list(strengths.shape)} on {strengths.device}"
-            )
 
 
 def unusable() -> str | None:

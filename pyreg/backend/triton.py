@@ -30,9 +30,22 @@ def load() -> ModuleType | str:
         return f"{error}; pip install triton (torch's Linux wheels for GPUs bring it)"
 
 
+@cache
 def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels, on CPU tensors."""
+    """Whether Triton's interpreter runs the kernels, on CPU tensors. (It is asked for before triton
+    is imported.)"""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _no_gpu() -> str | None:
+    """Why the kernels cannot run on a GPU, or None."""
+    if not torch.cuda.is_available():
+        return (
+            "no GPU (torch.cuda.is_available() is False); TRITON_INTERPRET=1 runs the kernels "
+            "on the CPU, slowly"
+        )
+    return load().unusable()
 
 
 class _State:
@@ -42,25 +55,15 @@ class _State:
         pack.check_rows(tensors)
         self.look = look_at(pack, tensors)
         self.layout = load().Layout(tensors, pack.rule_of, list(pack.penalties), pack.anchors)
-        # By stream, as one does not wait for another: numbers, and they on the device.
-        self.strengths: dict[int, tuple[tuple, Tensor]] = {}
 
 
 class TritonBackend:
     name = "triton"
 
     def missing(self) -> str | None:
-        kernels = load()
-        if isinstance(kernels, str):
+        if isinstance(kernels := load(), str):
             return kernels
-        if interpreted():
-            return None
-        if not torch.cuda.is_available():
-            return (
-                "no GPU (torch.cuda.is_available() is False); TRITON_INTERPRET=1 runs the kernels "
-                "on the CPU, slowly"
-            )
-        return kernels.unusable()
+        return None if interpreted() else _no_gpu()
 
     def version(self) -> str:
         where = "interpreter on CPU tensors" if interpreted() else torch.cuda.get_device_name()
@@ -91,7 +94,7 @@ class TritonBackend:
     ) -> tuple[Tensor, Tensor]:
         state = self._state(pack, tensors)
         w = state.look.tensors(tensors)
-        return state.layout.value(w, self._strengths(state, pack, rules), _anchors(state, pack))
+        return state.layout.value(w, _strengths(rules, pack), _anchors(state, pack))
 
     def gradient(
         self,
@@ -105,7 +108,7 @@ class TritonBackend:
         shown = state.look.with_gradients(tensors, grads)
         if shown.others:
             raise ValueError("a gradient has other strides than its tensor")
-        strengths, anchors = self._strengths(state, pack, rules), _anchors(state, pack)
+        strengths, anchors = _strengths(rules, pack), _anchors(state, pack)
         scale = _on_device(scale, pack)
         state.layout.gradient(shown.tensors, shown.gradients, strengths, scale, anchors)
 
@@ -114,7 +117,7 @@ class TritonBackend:
     ) -> tuple[Tensor, Left, int]:
         state = self._state(pack, tensors)
         shown = state.look.with_own_gradients(tensors)
-        strengths, anchors = self._strengths(state, pack, rules), _anchors(state, pack)
+        strengths, anchors = _strengths(rules, pack), _anchors(state, pack)
         scale = _on_device(scale, pack)
         values = state.layout.accumulate(shown.tensors, shown.gradients, strengths, scale, anchors)
         for i in shown.others:
@@ -126,7 +129,7 @@ class TritonBackend:
     ) -> None:
         state = self._state(pack, tensors)
         w, others = state.look.separate_tensors(tensors)
-        strengths, anchors = self._strengths(state, pack, rules), _anchors(state, pack)
+        strengths, anchors = _strengths(rules, pack), _anchors(state, pack)
         step = _on_device(step, pack)
         state.layout.prox(w, strengths, step, anchors)
         for i in others:
@@ -146,7 +149,7 @@ class TritonBackend:
             shown.tensors,
             shown.moments,
             shown.float32,
-            self._strengths(state, pack, rules),
+            _strengths(rules, pack),
             _numbers(metrics, pack.device),
             _anchors(state, pack),
         )
@@ -228,7 +231,7 @@ class TritonBackend:
             _sets(numbers),
             penalised,
             prox,
-            self._strengths(state, pack, rules),
+            _strengths(rules, pack),
             _on_device(scale, pack),
             masters=beside.masters,
             keys=_keys(keys),
@@ -248,30 +251,6 @@ class TritonBackend:
             state = pack.layouts[self.name] = _State(pack, tensors)
         return state
 
-    def _strengths(self, state: _State, pack: Pack, rules: Sequence[Penalty]) -> Tensor:
-        """[rules, 2] float64 in device memory: numbers are uploaded when they changed."""
-        numbers = tuple([rule.numbers for rule in rules])
-        if None in numbers:
-            with torch.no_grad():
-                return stack_strengths(rules, pack.device, width=2)
-        if pack.device.type == "cuda" and _capturing(pack.device):
-            known = [s for uploaded, s in state.strengths.values() if uploaded == numbers]
-            if not known:
-                raise RuntimeError(
-                    "a strength that is a number cannot change while a CUDA graph is captured: "
-                    "run this sweep once before, or make the strength a 0-dim tensor on the device"
-                )
-            load().keep_for_graphs(known[0])
-            return known[0]
-        stream = 0
-        if pack.device.type == "cuda":
-            stream = torch._C._cuda_getCurrentRawStream(pack.device.index)
-        uploaded, strengths = state.strengths.get(stream, (None, None))
-        if numbers != uploaded:
-            strengths = _uploaded(rules, pack.device)
-            state.strengths[stream] = numbers, strengths
-        return strengths
-
 
 def _anchors(state: _State, pack: Pack) -> bytes:
     """Where they are, after a look at the tensors."""
@@ -282,19 +261,13 @@ def _of_rules(values: Tensor) -> Left:
     return Left(values, values.dtype, slice(1, None))
 
 
-def _capturing(device: torch.device) -> bool:
-    if torch.cuda.current_device() == device.index:
-        return torch.cuda.is_current_stream_capturing()
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
-
-
-def _uploaded(rules: Sequence[Penalty], device: torch.device) -> Tensor:
-    """Strengths that are numbers, in one copy that waits for nothing."""
-    strengths = stack_strengths(rules, "cpu", width=2)
-    if device.type == "cuda":
-        strengths = strengths.pin_memory()
-    return strengths.to(device, non_blocking=True)
+def _strengths(rules: Sequence[Penalty], pack: Pack) -> Tensor | bytes:
+    """[rules, 2] float64; on the device if any is a tensor."""
+    numbers = [rule.numbers for rule in rules]
+    if None in numbers:
+        with torch.no_grad():
+            return stack_strengths(rules, pack.device, width=2)
+    return array("d", [x for own in numbers for x in (*own, 0.0)[:2]]).tobytes()
 
 
 def _on_device(x: float | Tensor, pack: Pack) -> float | Tensor:
