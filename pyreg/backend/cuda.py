@@ -169,6 +169,21 @@ class _State:
         self._numbers: Tensor | None = None
         self._sets: Tensor | None = None
         self._rows = len(tensors)
+        self._rules, self._is_wide = len(pack.penalties), pack.is_wide
+        self._results: dict[int | None, Tensor] = {}  # by columns
+
+    def results(self, columns: int | None = None) -> Tensor:
+        """[1 + rules * columns + rules + 2] float64: the value, each rule's sums (after a step its
+        zeros too), each rule's value, the value as float32, the zeros.
+
+        As twice as many float32 unless a row is float64: the value is one of those, without a
+        launch to convert it, and what is saved lies in memory of one dtype.
+        """
+        if (like := self._results.get(columns)) is None:
+            size = 3 + self._rules * ((columns or load().max_sums) + 1)
+            size, dtype = (size, torch.float64) if self._is_wide else (2 * size, torch.float32)
+            like = self._results[columns] = torch.empty(size, dtype=dtype, device=self._device)
+        return torch.empty_like(like)  # (quicker than by size, dtype and device)
 
     def target(self, sweep: str) -> Any:
         queue = _current(self._device)
@@ -274,7 +289,7 @@ class CudaBackend:
     def value(
         self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty]
     ) -> tuple[Tensor, Left]:
-        out = self._out(pack)
+        out = self._state(pack, tensors).results()
         self._sweep("value", pack, tensors, _strengths(rules, pack), out.data_ptr())
         width = load().max_sums
         sums = Left(out, torch.float64, slice(1, 1 + len(rules) * width), width)
@@ -294,7 +309,7 @@ class CudaBackend:
     def accumulate(
         self, pack: Pack, tensors: list[Tensor], rules: Sequence[Penalty], scale: float | Tensor
     ) -> tuple[Tensor, Left, int]:
-        out = self._out(pack)
+        out = self._state(pack, tensors).results()
         strengths = _strengths(rules, pack)
         present, others = self._sweep(
             "accumulate", pack, tensors, strengths, _number(scale, pack), out.data_ptr()
@@ -319,7 +334,7 @@ class CudaBackend:
         metrics: Sequence[Metric],
         rules: Sequence[Penalty],
     ) -> tuple[Tensor, Left]:
-        out = self._out(pack)
+        out = self._state(pack, tensors).results()
         numbers = [_number(x, pack) for m in metrics for x in (m.numerator, m.factor, m.offset)]
         others = self._sweep(
             "prox_in_metric",
@@ -382,7 +397,7 @@ class CudaBackend:
         """
         native = load()
         index = {name: native.updates.index(name) for name in set(updates)}
-        out = self._out(pack, native.max_sums + 1)
+        out = self._state(pack, tensors).results(native.max_sums + 1)
         taken = self._sweep(
             "step",
             pack,
@@ -410,19 +425,6 @@ class CudaBackend:
         out = torch.empty(len(tensors), 5, dtype=torch.float64, device=pack.device)
         self._sweep("stats", pack, tensors, out.data_ptr())
         return out
-
-    def _out(self, pack: Pack, columns: int | None = None) -> Tensor:
-        """[1 + rules * columns + rules + 2] float64: the value, each rule's sums (after a step its
-        zeros too), each rule's value, the value as float32, the zeros.
-
-        As twice as many float32 unless a row is float64: the value is one of those, without a
-        launch to convert it, and what is saved lies in memory of one dtype.
-        """
-        columns = load().max_sums if columns is None else columns
-        size = 3 + len(pack.penalties) * (columns + 1)
-        if pack.is_wide:
-            return torch.empty(size, dtype=torch.float64, device=pack.device)
-        return torch.empty(2 * size, dtype=torch.float32, device=pack.device)
 
     def _of_rules(self, pack: Pack, out: Tensor) -> Left:
         return Left(out, torch.float64, slice(-2 - len(pack.penalties), -2))
