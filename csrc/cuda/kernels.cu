@@ -33,8 +33,9 @@
 //   net have kernels of their own, in which each has a loop for each dtype: 24 bodies share 80
 //   registers. A pack with any other penalty goes through kernels that know all nine. There, and in
 //   prox_in_metric, all dtypes share a penalty's body (rows.h): a loop for each would take minutes
-//   to compile. It takes 80 registers, 96 in a metric, so 640 to 768 threads are resident, and a
-//   thread asks for 16 to 64 bytes of each of its streams at a time.
+//   to compile. It takes 80 to 116 registers, so 512 to 768 threads are resident, and a thread asks
+//   for 16 to 64 bytes of each of its streams at a time. More threads are worth more than more
+//   bytes of each: on an H200 a step took 12.8 ms with 384 threads and 11.3 with 512, torch's 12.4.
 // - prox_in_metric reads the value off the new weights before they leave the registers. So does an
 //   optimizer's step (step.h), which has 160 bytes of a thread in flight for a float32 Adam.
 
@@ -49,20 +50,21 @@ namespace {
 // As many blocks as run at a time without a register being spilled, as
 // tests/test_cuda_machine_code.py shows. Where each penalty and dtype has a loop of its own, 80
 // registers a thread on sm_90, 96 before it, 128 after it, where the compiler takes more; where
-// they share one, 80 before sm_100 and 128 from there on, but in prox_in_metric 96, and in a step
-// 168.
+// they share one, 80 before sm_100 and 128 from there on, but 96 to 128 in a metric and in a step.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int kBlocksOfOwnLoops = 4, kBlocksOfShared = 4, kBlocksInMetric = 4;
+constexpr int kBlocksOfStep = __CUDA_ARCH__ < 1200 ? 4 : 3;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-constexpr int kBlocksOfOwnLoops = 6, kBlocksOfShared = 6, kBlocksInMetric = 5;
+constexpr int kBlocksOfOwnLoops = 6, kBlocksOfShared = 6, kBlocksInMetric = 5, kBlocksOfStep = 4;
 #else
-constexpr int kBlocksOfOwnLoops = 5, kBlocksOfShared = 6, kBlocksInMetric = 5;
+constexpr int kBlocksOfOwnLoops = 5, kBlocksOfShared = 6, kBlocksInMetric = 5, kBlocksOfStep = 3;
 #endif
 template <Sweep S, Family F>
 constexpr int kBlocks = kHasOwnLoops<S, F>          ? kBlocksOfOwnLoops
-                        : S == Sweep::kStep         ? 3
-                        : S == Sweep::kProxInMetric ? kBlocksInMetric
-                                                    : kBlocksOfShared;
+                        : S == Sweep::kStep         ? kBlocksOfStep
+                        : S != Sweep::kProxInMetric ? kBlocksOfShared
+                        : F == Family::kElementary  ? 4
+                                                    : kBlocksInMetric;
 
 // The executor of block.h: a thread runs each phase once.
 struct Device {

@@ -12,9 +12,12 @@
 namespace pyreg::cuda {
 
 // Elements that a thread has at a time, its slots: slot k lies in the k / kOwn-th row. As many as
-// some 80 to 96 registers hold: two rows of lanes, one where something lies beside the weights.
-template <Sweep S, class C>
-constexpr int kSlots = (kReadsBeside<S> ? 1 : 2) * (sizeof(C) == 8 ? 2 : kOwn);
+// let enough blocks run (kernels.cu): two rows, one where something lies beside the weights and the
+// maths may be long.
+template <Sweep S, Family F, class C>
+constexpr int kSlots = sizeof(C) == 8                         ? kReadsBeside<S> ? 2 : 4
+                       : kReadsBeside<S> && F == Family::kAll ? kOwn
+                                                              : 2 * kOwn;
 
 template <int W>
 PYREG_DEVICE int offset_of(int thread, int slot) {
@@ -139,7 +142,7 @@ template <Sweep S, Family F, class C>
 PYREG_DEVICE void visit_rows(const Entry& entry, const Place& place, bool float32, bool wide,
                              int penalty, int thread, Numbers<C> numbers, C* first_sums,
                              C* second_sums) {
-  constexpr int N = kSlots<S, C>;
+  constexpr int N = kSlots<S, F, C>;
   constexpr bool kSumsOfOld = S == Sweep::kValue || S == Sweep::kAccumulate;
   const DType dtype = static_cast<DType>(entry.dtype);
 #pragma unroll 1

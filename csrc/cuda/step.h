@@ -83,6 +83,7 @@ PYREG_DEVICE uint32_t visit_step(const Entry& entry, const Place& place, const R
   constexpr int N = kStepSlots<C>;
   const DType dtype = static_cast<DType>(entry.dtype);
   const bool in_float32 = row.master != nullptr || row.at_random;  // throughout
+  const bool sums_before = !numbers.prox && row.penalised, shrinks = numbers.prox && row.penalised;
   uint32_t zeros = 0;
 #pragma unroll 1
   for (int slot = 0; slot * kWarp < place.n; slot += N) {
@@ -127,37 +128,31 @@ PYREG_DEVICE uint32_t visit_step(const Entry& entry, const Place& place, const R
       first_sums[i] = numbers.only_l2 ? second_sums[i]
                                       : ElasticNet::add<0>(first_sums[i], x, numbers.strengths);
     };
-#pragma unroll
-    for (int k = 0; k < N; ++k) g[k] = numbers.unscaled * g[k];
-    if (!numbers.prox && row.penalised) {
+    by_update(row.update, [&](auto update) {
+      using U = decltype(update);
 #pragma unroll
       for (int k = 0; k < N; ++k) {
-        if (k < left) add_to_sums(w[k], k);
-        g[k] = penalised(g[k], w[k], numbers.by, numbers.strengths);
-      }
-    }
-    if (numbers.goes) {
-      const bool shrinks = numbers.prox && row.penalised;
-      by_update(row.update, [&](auto update) {
-        using U = decltype(update);
-#pragma unroll
-        for (int k = 0; k < N; ++k) {
-          C q;
-          w[k] = w[k] * numbers.update[1];
-          const C move = U::move(w[k], g[k], s[0][k], s[1][k], s[2][k], q, numbers.update);
-          w[k] = shrinks ? moved_and_shrunk<U>(w[k], move, at_least(q, kSmallest<C>), numbers.by,
-                                               numbers.strengths)
-                         : moved<U>(w[k], move, q);
+        C gradient = numbers.unscaled * g[k];
+        if (sums_before) {
+          if (k < left) add_to_sums(w[k], k);
+          gradient = penalised(gradient, w[k], numbers.by, numbers.strengths);
         }
-      });
-    }
+        if (!numbers.goes) continue;
+        C q;
+        w[k] = w[k] * numbers.update[1];
+        const C move = U::move(w[k], gradient, s[0][k], s[1][k], s[2][k], q, numbers.update);
+        w[k] = shrinks ? moved_and_shrunk<U>(w[k], move, at_least(q, kSmallest<C>), numbers.by,
+                                             numbers.strengths)
+                       : moved<U>(w[k], move, q);
+      }
+    });
     const auto count = [&] {
       if (!row.penalised) return;
 #pragma unroll
       for (int k = 0; k < N; ++k) {
         if (k >= left) continue;
         zeros += w[k] == C(0);
-        if (numbers.prox) add_to_sums(w[k], k);
+        if (shrinks) add_to_sums(w[k], k);
       }
     };
     if (in_float32) count();
