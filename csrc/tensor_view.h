@@ -84,9 +84,12 @@ struct TensorView {
 
   // Whether several elements share one place.
   bool expanded() const {
-    for (int d = 0; d < ndim; ++d)
-      if (shape[d] > 1 && strides[d] == 0) return true;
-    return false;
+    bool found = false;
+    for (int d = 0; d < ndim; ++d) {
+      if (shape[d] == 0) return false;
+      found = found || (shape[d] > 1 && strides[d] == 0);
+    }
+    return found;
   }
 
   bool same_shape(const TensorView& other) const {

@@ -26,18 +26,8 @@ from . import ops, reference
 from .backend.torch import TorchBackend, taken
 from .dispatch import choose, require_formulas
 from .distributed import Shards, differentiable
-from .pack import (
-    GradientMismatch,
-    Label,
-    Pack,
-    Packs,
-    Pair,
-    StaleLayout,
-    check,
-    constants,
-    geometry,
-    is_freed,
-)
+from .memory import is_freed
+from .pack import GradientMismatch, Pack, Packs, StaleLayout, constants, geometry
 from .penalties import (
     Penalty,
     check_differentiable,
@@ -47,6 +37,7 @@ from .penalties import (
     unstack_strengths,
 )
 from .sweeps import add_values, by_shards
+from .tensors import Label, Pair, check
 
 _version = attrgetter("_version")
 _tensor_hooks = attrgetter("_backward_hooks")

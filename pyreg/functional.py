@@ -12,9 +12,10 @@ from . import autograd, ops, sweeps
 from .dispatch import requested
 from .distributed import check_beside, gathered, local
 from .metric import Metric
-from .pack import Packs, Params, check, check_pair, collect, packs_for
+from .pack import Packs, Params, collect, packs_for
 from .penalties import L1, L2, ElasticNet, Penalty
 from .reference import Strength, compute_dtype
+from .tensors import check, check_pair
 
 
 def penalty(params: Params, penalty: Penalty) -> Tensor:

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from . import reference, sweeps
 from .dispatch import choose, require_formulas
-from .pack import Pack, label, packs_for
+from .pack import Pack, packs_for
 from .penalties import Penalty, check_differentiable, rules_of, stack_strengths, unstack_strengths
+from .tensors import label
 
 _OPERANDS = "Tensor[] tensors, Tensor strengths, str[] penalties, int[] rule_of"
 

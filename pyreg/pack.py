@@ -1,4 +1,4 @@
-"""Tensors -> packs: what is laid out for one sweep. Input errors about tensors are raised here.
+"""Tensors -> packs: what is laid out for one sweep.
 
 A pack holds no pointers and no parameters, only what they were. Each sweep shows the tensors
 anew, the backend compares them with the pack, and `StaleLayout` makes the packs be built again
@@ -8,33 +8,30 @@ stale pointer behind.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
 
-from .distributed import (
-    Shards,
-    check_beside,
-    check_placed,
-    local,
-    on_one_mesh,
-    place_gradient,
-    shards_of,
-)
+from .distributed import Shards, local, place_gradient, shards_of
+from .memory import is_freed, is_wrapper, share_memory, sharing
 from .penalties import Penalty
+from .tensors import (
+    SWEPT_DTYPES,
+    Label,
+    Pair,
+    check,
+    check_memory,
+    check_pair,
+    irregular,
+    irregular_pair,
+    label,
+)
 
 Params = nn.Module | Tensor | Mapping[str, Tensor] | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
-Label = Callable[[int], str]
-Pair = tuple[Tensor | None, Tensor | None]  # what a row is measured from, and its weights
-
-SWEPT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class StaleLayout(RuntimeError):
@@ -42,7 +39,7 @@ class StaleLayout(RuntimeError):
 
 
 class GradientMismatch(RuntimeError):
-    """A tensor's .grad cannot be its gradient; `check_gradients` says which and why."""
+    """A tensor's .grad cannot be its gradient; `tensors.check_gradients` says which and why."""
 
 
 def collect(params: Params) -> tuple[list[Tensor], Label]:
@@ -73,151 +70,6 @@ def collect(params: Params) -> tuple[list[Tensor], Label]:
     return items, label
 
 
-def label(i: int, name: str | None = None) -> str:
-    """How errors name the i-th parameter."""
-    return f"params[{i}]" if name is None else f"params[{i}] ({name!r})"
-
-
-def describe(t: Tensor) -> str:
-    return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
-
-
-def check(t: Any, name: str) -> None:
-    """Raise TypeError or ValueError, naming the parameter, unless `t` can be penalised."""
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name}: expected a floating tensor, got {type(t).__name__}")
-    if isinstance(t, UninitializedTensorMixin):
-        raise ValueError(f"{name}: is not initialized yet; run the module once first")
-    if t.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor, got layout {t.layout} {list(t.shape)}")
-    if t.is_quantized or not t.is_floating_point():
-        raise TypeError(f"{name}: expected a floating tensor, got {describe(t)}")
-    if t.dtype not in SWEPT_DTYPES:
-        swept = ", ".join(str(d).removeprefix("torch.") for d in SWEPT_DTYPES)
-        raise TypeError(f"{name}: expected one of {swept}, got {describe(t)}")
-    check_placed(t, name)
-
-
-def check_memory(t: Tensor, name: str) -> None:
-    """Raise ValueError, naming the parameter, if the storage of `t` was freed."""
-    if is_freed(local(t)):
-        raise ValueError(f"{name}: {describe(t)} has no memory (its storage was freed or sharded)")
-
-
-def has_own_dispatch(t: Tensor) -> bool:
-    """Whether `t` is a wrapper (a DTensor, a fake tensor, ...) whose memory is not its own."""
-    return type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__
-
-
-def is_wrapper(t: Tensor) -> bool:
-    """`has_own_dispatch`, quickly in the common case."""
-    return type(t) not in (Tensor, nn.Parameter) and has_own_dispatch(t)
-
-
-def is_freed(t: Tensor) -> bool:
-    """Whether `t` has elements of its own but no memory for them."""
-    if has_own_dispatch(t) or t.device.type == "meta" or t.numel() == 0:
-        return False
-    if torch._C._functorch.is_functorch_wrapped_tensor(t):
-        return False
-    return not has_memory(t)
-
-
-def has_memory(t: Tensor) -> bool:
-    last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-    return t.untyped_storage().nbytes() >= (t.storage_offset() + last + 1) * t.element_size()
-
-
-def is_dense(t: Tensor) -> bool:
-    """Whether the elements fill a block of memory once: any permutation of a contiguous tensor."""
-    if t.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted((s, n) for n, s in zip(t.shape, t.stride(), strict=True) if n != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def irregular(t: Tensor) -> str | None:
-    """Why a native sweep cannot walk `t` in storage order, or None if it can."""
-    if has_own_dispatch(t):
-        return f"is a {type(t).__name__}, which has no memory of its own"
-    if t.device.type == "meta":
-        return "is on the meta device"
-    if t.is_neg():
-        return "is a lazily negated view"
-    if not is_dense(t):
-        return f"is not dense: shape {list(t.shape)}, strides {list(t.stride())}"
-    return None
-
-
-def check_writable(t: Tensor, name: str) -> None:
-    """Raise if `t` is expanded, which no operation can write in place."""
-    if any(stride == 0 and size > 1 for size, stride in zip(t.shape, t.stride(), strict=True)):
-        raise ValueError(
-            f"{name} is expanded, shape {list(t.shape)}, strides {list(t.stride())}: "
-            "several elements share one place, so it cannot be changed in place"
-        )
-
-
-def check_gradient(grad: Tensor, t: Tensor, name: str) -> None:
-    """Raise unless `grad` can be the gradient of `t`."""
-    if grad.layout != torch.strided:
-        raise TypeError(f"{name}: its gradient has layout {grad.layout}, expected a dense one")
-    if grad.is_neg():
-        raise ValueError(f"{name}: its gradient is a lazily negated view; resolve_neg() it")
-    check_writable(grad, f"{name}: its gradient")
-    check_memory(grad, f"{name}: its gradient")
-    if grad.shape != t.shape or grad.dtype != t.dtype or grad.device != t.device:
-        raise ValueError(
-            f"{name}: {describe(t)} on {t.device} has a gradient {describe(grad)} on {grad.device}"
-        )
-    if not on_one_mesh(grad, t):
-        check_beside(grad, t, name, "gradient")
-
-
-def check_gradients(
-    grads: Sequence[Tensor | None], tensors: Sequence[Tensor], label: Label
-) -> None:
-    """Raise unless each gradient that there is can be its tensor's, and its alone."""
-    for i, (grad, t) in enumerate(zip(grads, tensors, strict=True)):
-        if grad is not None:
-            check_gradient(grad, t, label(i))
-    check_apart(grads, label)
-
-
-def check_apart(grads: Sequence[Tensor | None], label: Label) -> None:
-    """Raise ValueError, naming both tensors, if two gradients lie in the same memory."""
-    blocks = [_block(None if grad is None else local(grad)) for grad in grads]
-    if shared := overlapping([begin for begin, _ in blocks], [size for _, size in blocks]):
-        i, *others = shared
-        (begin, size), later = blocks[i], ((j, *blocks[j]) for j in others)
-        j = next(j for j, own, bytes_ in later if own < begin + size and begin < own + bytes_)
-        raise ValueError(
-            f"{label(i)} and {label(j)}: their gradients share memory, so what is added to one is "
-            "added to both; give each a .grad of its own"
-        )
-
-
-def check_pair(pair: Pair, t: Tensor, name: str) -> None:
-    """Raise TypeError or ValueError, naming the parameter, unless `t` can have this anchor."""
-    for kind, beside in zip(("anchor", "weight"), pair, strict=True):
-        if beside is None:
-            continue
-        check(beside, f"{name}: its {kind}")
-        check_memory(beside, f"{name}: its {kind}")
-        if beside.shape != t.shape:
-            raise ValueError(f"{name}: {describe(t)}, but its {kind} is {describe(beside)}")
-        check_beside(beside, t, name, kind)
-        if share_memory(local(beside), local(t)):
-            raise ValueError(
-                f"{name}: its {kind} is the parameter itself, or shares memory with it (as a "
-                "state_dict() does with the model); clone it"
-            )
-
-
 def stand_in(t: Tensor) -> Tensor:
     """What this rank holds of a DTensor, with its gradient as `.grad`.
 
@@ -234,95 +86,6 @@ def stand_in(t: Tensor) -> Tensor:
 def constants(pair: Pair) -> Pair:
     """The pair without a graph."""
     return tuple(None if t is None else t.detach() for t in pair)
-
-
-def share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether an element of one may lie where one of the other does, as far as can be seen."""
-    if not (_has_address(a) and _has_address(b)):
-        return False
-    (a_begin, a_end), (b_begin, b_end) = _extent(a), _extent(b)
-    return a_begin < b_end and b_begin < a_end
-
-
-def sharing(tensors: Sequence[Tensor]) -> Callable[[Tensor | None], bool]:
-    """Whether a tensor shares memory with any of these."""
-    extents = sorted(_extent(t) for t in tensors if _has_address(t) and t.numel() > 0)
-    begins = [begin for begin, _ in extents]
-    reach = list(accumulate((end for _, end in extents), max))
-
-    def shares(t: Tensor | None) -> bool:
-        if t is None or not _has_address(t):
-            return False
-        begin, end = _extent(t)
-        before = bisect_left(begins, end)
-        return before > 0 and reach[before - 1] > begin
-
-    return shares
-
-
-def overlapping(addresses: Sequence[int], sizes: Sequence[int]) -> list[int]:
-    """Rows that share memory with another row; those without an address or bytes are left out."""
-    order = sorted((a, i) for i, a in enumerate(addresses) if a and sizes[i])
-    found: set[int] = set()
-    end = last = 0  # of the rows so far, the one that reaches farthest
-    for begin, i in order:
-        if begin < end:
-            found |= {last, i}
-        if begin + sizes[i] > end:
-            end, last = begin + sizes[i], i
-    return sorted(found)
-
-
-def sharing_each_other(tensors: Iterable[Tensor]) -> list[int]:
-    """Those of the tensors that share memory with another of them."""
-    extents = [_extent(t) if _has_address(t) else (0, 0) for t in tensors]
-    return overlapping([begin for begin, _ in extents], [end - begin for begin, end in extents])
-
-
-def _has_address(t: Tensor) -> bool:
-    return not (
-        has_own_dispatch(t)
-        or t.layout != torch.strided
-        or t.device.type == "meta"
-        or torch._C._functorch.is_functorch_wrapped_tensor(t)
-    )
-
-
-def _extent(t: Tensor) -> tuple[int, int]:
-    """Where its elements begin and end."""
-    begin = t.data_ptr()
-    if t.numel() == 0:
-        return begin, begin
-    last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-    return begin, begin + (last + 1) * t.element_size()
-
-
-def _block(t: Tensor | None) -> tuple[int, int]:
-    """Where its elements begin, and for how many bytes from there on all is its own.
-
-    Between the elements of one that is not dense another's may lie.
-    """
-    if t is None or not _has_address(t):
-        return 0, 0
-    return t.data_ptr(), t.nbytes if is_dense(t) else t.element_size()
-
-
-def irregular_pair(pair: Pair, t: Tensor) -> str | None:
-    """Why a native sweep cannot walk the pair in the storage order of `t`, or None if it can."""
-    for kind, beside in zip(("anchor", "weight"), pair, strict=True):
-        if beside is None:
-            continue
-        if beside.device != t.device:
-            return f"has its {kind} on {beside.device}"
-        if (why := irregular(beside)) is not None:
-            return f"has its {kind} in a tensor that {why}"
-        if t.numel() and _strides_that_matter(beside) != _strides_that_matter(t):
-            return f"has its {kind} in a tensor of other strides"
-    return None
-
-
-def _strides_that_matter(t: Tensor) -> list[int]:
-    return [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size != 1]
 
 
 def geometry(t: Tensor) -> tuple[torch.dtype, torch.Size, tuple[int, ...]]:

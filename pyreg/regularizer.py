@@ -17,7 +17,7 @@ from .dispatch import choose, requested
 from .look import require_grad, unchanged
 from .members import pairs_of, slots_of
 from .metric import Metric
-from .pack import Packs, Pair, check, check_gradients, check_memory, check_pair, label
+from .pack import Packs
 from .penalties import (
     Penalty,
     check_differentiable,
@@ -25,6 +25,7 @@ from .penalties import (
 )
 from .stats import Stats
 from .strengths import check_scale, check_strength, check_weight
+from .tensors import Pair, check, check_gradients, check_memory, check_pair, label
 
 
 class _Group:

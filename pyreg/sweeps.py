@@ -16,16 +16,9 @@ from .backend.torch import taken
 from .dispatch import choose
 from .distributed import Shards, check_beside, local
 from .metric import Metric, check_moment
-from .pack import (
-    GradientMismatch,
-    Label,
-    Pack,
-    Packs,
-    check_gradients,
-    check_writable,
-    stand_in,
-)
+from .pack import GradientMismatch, Pack, Packs, stand_in
 from .penalties import Penalty, check_strengths
+from .tensors import Label, check_gradients, check_writable
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 

@@ -83,7 +83,7 @@ def _thousands(new: Callable[..., Tensor]) -> list[Tensor]:
 
 CASES = [
     Case("empty", lambda new: [new(0)]),
-    Case("empties", lambda new: [new(0), new(3, 0), new(0, 2)]),
+    Case("empties", lambda new: [new(0), new(3, 0), new(0, 2), new(0).expand(3, 0)]),
     Case("scalar", lambda new: [new()]),
     Case("one", lambda new: [new(1)]),
     *(Case(f"{n}", lambda new, n=n: [new(n)]) for n in (15, 16, 17, 31, 32, 33)),

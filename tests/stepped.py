@@ -16,6 +16,7 @@ from pyreg.backend.torch import taken
 from pyreg.backend.triton import TritonBackend
 from pyreg.metric import Metric
 from pyreg.penalties import Penalty
+from pyreg.tensors import label
 
 NET = pyreg.ElasticNet(0.3, 0.07)
 # Of each update: numbers as its optimizer has them, with coupled and decoupled decay.
@@ -90,7 +91,7 @@ class Step:
         sets = list(dict.fromkeys(self.updates))
         rule_of = self.rule_of or [0] * len(self.tensors)
         names = tuple(rule.name for rule in self.rules)
-        (built,) = pack.build(self.tensors, pack.label, rule_of, names)
+        (built,) = pack.build(self.tensors, label, rule_of, names)
         done = backend.step(
             built,
             self.tensors,

@@ -16,6 +16,7 @@ from pyreg.backend.triton import interpreted
 from pyreg.dispatch import backend as backend_by_name
 from pyreg.metric import Metric
 from pyreg.penalties import Penalty
+from pyreg.tensors import label
 
 
 class Sweeps:
@@ -33,7 +34,7 @@ class Sweeps:
         self.of_rules: list[float] = []  # each rule's value in the last accumulate or metric's prox
         self.rule_of = rule_of or [0] * len(tensors)
         names = tuple(rule.name for rule in rules)
-        (self.pack,) = pack.build(tensors, pack.label, self.rule_of, names, anchors)
+        (self.pack,) = pack.build(tensors, label, self.rule_of, names, anchors)
         self.backend = backend_by_name(backend, self.pack.device.type)
         why = self.backend.refuses(self.pack, by_name=True)
         if why and anchors and self.pack.irregular is None:
@@ -122,7 +123,7 @@ class Place:
         """Whether the backend has a kernel for it."""
         backend = backend_by_name(self.backend, self.device)
         tensors = [torch.ones(1, device=self.device)]
-        (sample,) = pack.build(tensors, pack.label, [0], (penalty.name,))
+        (sample,) = pack.build(tensors, label, [0], (penalty.name,))
         return backend.refuses(sample, by_name=True) is None
 
     def rounds_twice(self, dtype: torch.dtype) -> bool:
@@ -139,7 +140,7 @@ class Place:
         backend = backend_by_name(self.backend, self.device)
         if (why := backend.missing()) is not None:
             return why
-        (sample,) = pack.build([torch.ones(1, device=self.device)], pack.label, [0], ("l1",))
+        (sample,) = pack.build([torch.ones(1, device=self.device)], label, [0], ("l1",))
         return backend.refuses(sample, by_name=True)
 
 

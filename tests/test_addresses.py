@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pyreg import pack
 from pyreg.backend import addresses, native
 from pyreg.pack import GradientMismatch, StaleLayout
+from pyreg.tensors import label
 
 
 @pytest.fixture(params=["compiled", "attributes", "python", "python without guards"])
@@ -29,7 +30,7 @@ def look_at(request, monkeypatch):
         compiled.use_exchange_api(request.param == "compiled")
 
     def look(tensors: list[Tensor], anchors: list[pack.Pair] | None = None):
-        (only,) = pack.build(tensors, pack.label, [0] * len(tensors), ("l1",), anchors)
+        (only,) = pack.build(tensors, label, [0] * len(tensors), ("l1",), anchors)
         return addresses.look_at(only, tensors)
 
     yield look

@@ -474,6 +474,20 @@ def test_irregular_tensors(case):
     torch.testing.assert_close(base.grad, 300 * NET.grad(base.detach()))
 
 
+def test_an_empty_tensor_is_not_expanded(backend):
+    """Of no elements none share a place, whatever the strides."""
+    empty = torch.ones(0).expand(3, 0).detach().requires_grad_()
+    assert empty.stride() == (0, 1)
+    (w,) = leaves(4)
+    pyreg.l1([empty, w], 0.5).backward()
+    assert empty.grad.shape == (3, 0)
+    empty.grad = torch.ones(0).expand(3, 0)
+    reg = pyreg.Regularizer({"empty": empty, "w": w}, pyreg.L1(0.5))
+    reg.accumulate_()
+    assert torch.equal(w.grad, w.detach().sign())
+    reg.prox_(0.1)
+
+
 def test_regular_and_irregular_together():
     """Two packs: an in-place change of either raises, and both get their gradient."""
     base = torch.randn(8, dtype=torch.float64, requires_grad=True)

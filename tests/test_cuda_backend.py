@@ -22,8 +22,9 @@ from pyreg import dispatch, doctor
 from pyreg.backend import cuda, native
 from pyreg.backend.torch import apply_prox_in_metric, taken
 from pyreg.metric import Metric
-from pyreg.pack import Packs, label
+from pyreg.pack import Packs
 from pyreg.reference import value_dtype
+from pyreg.tensors import label
 
 CAPTURING = cuda._Queue(torch.device("cpu"), 0, True, cuda._CAPTURED)
 

@@ -10,7 +10,7 @@ pytest.importorskip("torch.distributed.fsdp", reason="torch without torch.distri
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("torch without gloo", allow_module_level=True)
 
-import sharded
+import ranks
 
 
 @pytest.fixture(scope="module")
@@ -18,13 +18,13 @@ def said(tmp_path_factory):
     """{scenario.rank: what it raised, or nothing}, of one run of them all."""
     folder = tmp_path_factory.mktemp("ranks")
     torch.multiprocessing.start_processes(
-        sharded.run, (folder,), nprocs=sharded.RANKS, start_method="spawn"
+        ranks.run, (folder,), nprocs=ranks.RANKS, start_method="spawn"
     )
     return {path.name: path.read_text() for path in folder.glob("*.[0-9]")}
 
 
-@pytest.mark.parametrize("rank", range(sharded.RANKS))
-@pytest.mark.parametrize("name", sharded.SCENARIOS)
+@pytest.mark.parametrize("rank", range(ranks.RANKS))
+@pytest.mark.parametrize("name", ranks.SCENARIOS)
 def test_as_one_process_has_it(native, said, name, rank):
     if raised := said[f"{name}.{rank}"]:
         pytest.fail(raised, pytrace=False)

@@ -31,8 +31,8 @@ from swept import Sweeps, flat, mixed
 from torch import Tensor
 
 import pyreg
-from pyreg import pack
 from pyreg.metric import Metric
+from pyreg.tensors import irregular
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -319,7 +319,7 @@ def test_irregular_tensors_go_through_torch(case, dtype):
 
 def test_every_case_is_as_regular_as_it_says():
     for case in CASES:
-        reasons = [pack.irregular(t) for t in case.build(torch.float32)]
+        reasons = [irregular(t) for t in case.build(torch.float32)]
         assert all(r is None for r in reasons) == case.regular, case
 
 

@@ -102,7 +102,7 @@ def test_gradient(ts, penalty):
     grads = torch.autograd.grad(pyreg.penalty(leaves, penalty), leaves)
     for t, g in zip(ts, grads, strict=True):
         assert (g.dtype, g.shape) == (t.dtype, t.shape)
-        if pyreg.pack.irregular(t) is None:
+        if pyreg.tensors.irregular(t) is None:
             agree(g, oracle.gradient(penalty, t), gradient_bound(penalty, t))
 
 

@@ -38,8 +38,8 @@ LAYERS = [
     ["backend.torch"],
     ["pack", "coverage", "stats", "priors", "metric", "schedules"],
     ["penalties", "text"],
-    ["strengths"],
-    ["distributed"],
+    ["strengths", "tensors"],
+    ["distributed", "memory"],
     ["reference"],
     ["_native", "_cuda"],
 ]

@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..pack import GradientMismatch, Pack, StaleLayout, check_gradients, is_freed, overlapping
+from ..memory import is_freed, overlapping
+from ..pack import GradientMismatch, Pack, StaleLayout
+from ..tensors import check_gradients
 from .native import load
 
 try:  # one call for all tensors; private, so only ever used to agree faster

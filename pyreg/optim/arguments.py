@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..distributed import check_beside, local, placed_alike
 from ..metric import Metric, Number, metric_of
-from ..pack import Label
+from ..tensors import Label
 from .precision import key_on_this_rank
 
 if TYPE_CHECKING:

@@ -15,17 +15,11 @@ from ..attachment import Mode, ascends, check_held, untraced
 from ..dispatch import stepper
 from ..look import count
 from ..metric import Metric, Number, check_moment, gain
-from ..pack import (
-    SWEPT_DTYPES,
-    GradientMismatch,
-    check_apart,
-    check_gradient,
-    check_writable,
-    stand_in,
-)
+from ..pack import GradientMismatch, stand_in
 from ..penalties import L1, Penalty
 from ..regularizer import Regularizer
 from ..sweeps import Value, accumulate, add_up, add_values, changed
+from ..tensors import SWEPT_DTYPES, check_apart, check_gradient, check_writable
 from .arguments import Rows, arguments, lay_gradients, on_this_rank
 from .by_torch import step_by_torch
 from .parts import Part, Plan, Stepped, plan_of

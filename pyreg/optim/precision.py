@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..distributed import gathered, local, shards_of
+from ..memory import has_own_dispatch, sharing_each_other
 from ..metric import Metric, check_moment
-from ..pack import Label, has_own_dispatch, label, sharing_each_other
+from ..tensors import Label, label
 
 MASTER = "master_param"  # the state of a parameter that has master weights
 NARROW = (torch.bfloat16, torch.float16)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pack import SWEPT_DTYPES
+from ..tensors import SWEPT_DTYPES
 from .workloads import Workload
 
 _SAFETENSORS = {

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import members
-from ..pack import check as check_tensor
-from ..pack import check_memory, has_own_dispatch, label
+from ..memory import has_own_dispatch
 from ..penalties import Penalty
+from ..tensors import check as check_tensor
+from ..tensors import check_memory, label
 from .parameters import Parameters
 from .ways import LIMITS, UPDATE, WAYS
 from .workloads import Workload

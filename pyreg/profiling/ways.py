@@ -23,6 +23,7 @@ from .. import dispatch, pack
 from ..functional import penalty as penalty_of
 from ..penalties import Penalty
 from ..regularizer import Regularizer
+from ..tensors import label
 from . import optimizers, peers
 from .parameters import Parameters
 
@@ -165,7 +166,7 @@ def _make_limits() -> list[Way]:
 
 def serving(device: torch.device | str) -> list[str]:
     """The backends that sweep tensors of this device, asked for by name; torch's is not counted."""
-    (sample,) = pack.build([torch.ones(1, device=device)], pack.label, [0], ("l1",))
+    (sample,) = pack.build([torch.ones(1, device=device)], label, [0], ("l1",))
     names = (status.name for status in dispatch.backends() if status.name != "torch")
     found = [dispatch.backend(name, sample.device.type) for name in names]
     return [b.name for b in found if not b.missing() and not b.refuses(sample, by_name=True)]
