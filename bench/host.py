@@ -5,9 +5,9 @@ over a launch that does nothing; Triton over a driver that launches nothing. (On
 launch, some 5 us, and what torch takes longer to allocate there.) One process, by turns, medians;
 each call again and again, so that all it looks at is in the caches.
 
-Beside them, what cannot be saved: asking torch, in C++, where every tensor and its gradient lie and
-whether it is frozen; and, for a step, torch's fused optimizer without a penalty, of which the sweep
-itself is a part. Writes bench/results/host.csv.
+Beside them, what no call leaves out: the look, in C++, at where every tensor and its gradient lie
+and whether it is frozen; and, for a step, torch's fused optimizer without a penalty, of which the
+sweep itself is a part. Writes bench/results/host.csv.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def model(tensors: int) -> nn.Module:
     return nn.ModuleList(layers)
 
 
-def asked_of_torch(of: nn.Module) -> Callable[[], object]:
-    """What no look can leave out, as the compiled module has it."""
+def only_looking(of: nn.Module) -> Callable[[], object]:
+    """At every tensor and its gradient, as each call does."""
     tensors = list(of.parameters())
     seen = native.load().Look(tensors, [])
 
@@ -112,7 +112,7 @@ def calls(tensors: int) -> dict[tuple[str, str], Callable[[], object]]:
         }
         found |= {(call, name): with_backend(name, run) for call, run in own.items()}
     of = model(tensors)
-    found["accumulate_", "torch's part"] = asked_of_torch(of)
+    found["accumulate_", "the look"] = only_looking(of)
     fused = torch.optim.AdamW(of.parameters(), 1e-3, fused=True)
     found["a step of AdamW, prox", "torch fused, no penalty"] = fused.step
     return found

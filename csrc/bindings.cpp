@@ -308,8 +308,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("instruction_sets", &pyreg::cpu::instruction_sets);
   m.def("use_instruction_set", &pyreg::cpu::use_instruction_set, py::arg("name"));
   m.def("has_openmp", &pyreg::cpu::has_openmp);
-  m.def("has_exchange_api", &pyreg::TensorReader::has_exchange_api);
-  m.def("use_exchange_api", &pyreg::TensorReader::use_exchange_api, py::arg("yes"));
+  m.def("reads_records", [] { return pyreg::Records::get() != nullptr; });
+  m.def("use_records", &pyreg::Records::use, py::arg("yes"));
   m.def("require_grad", &pyreg::require_grad, py::arg("tensors"));
   m.def("count", &pyreg::count, py::arg("steps"));
   m.def("unchanged", &pyreg::unchanged, py::arg("slots"));

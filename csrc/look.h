@@ -13,9 +13,10 @@
 #include <utility>
 #include <vector>
 
+#include "ahead.h"
 #include "penalties.h"
 #include "places.h"
-#include "tensor_view.h"
+#include "records.h"
 #include "updates.h"
 
 namespace pyreg {
@@ -52,12 +53,15 @@ inline std::vector<int> penalty_indices(const std::vector<std::string>& penaltie
 
 // Of each tensor, whether it requires a gradient: 1 or 0.
 inline pybind11::bytes require_grad(const pybind11::list& tensors) {
-  const TensorAttribute& requires_grad = TensorAttribute::requires_grad();
+  const Records* const records = Records::get();
   std::string flags(pybind11::len(tensors), 0);
-  const Ahead ahead(tensors);
+  const Ahead ahead(tensors, records);
   for (size_t i = 0; i < flags.size(); ++i) {
     ahead.turn(i);
-    flags[i] = requires_grad.of(PyList_GET_ITEM(tensors.ptr(), i)).ptr() == Py_True;
+    PyObject* const tensor = PyList_GET_ITEM(tensors.ptr(), i);
+    flags[i] = records != nullptr && records->is_plain(tensor)
+                   ? records->requires_grad(records->of(tensor))
+                   : pybind11::getattr(pybind11::handle(tensor), "requires_grad").ptr() == Py_True;
   }
   return pybind11::bytes(flags);
 }
@@ -104,10 +108,13 @@ using Pairs = std::vector<std::pair<pybind11::object, pybind11::object>>;
 
 // The tensors and gradients of one call.
 struct Shown {
+  Shown() = default;
+  Shown(Shown&&) = default;
+
   Pointers w, g;
-  std::vector<pybind11::object> alive;  // what g points into, whoever else lets go of it
-  int64_t present = 0;                  // gradients that exist
-  std::vector<int64_t> others;          // rows whose gradient the caller must see to; null in g
+  std::vector<Held> alive;      // what g points into
+  int64_t present = 0;          // gradients that exist
+  std::vector<int64_t> others;  // rows whose gradient the caller must see to; null in g
 };
 
 // The tensors of one call and what lies beside each: an optimizer's moment, or null.
@@ -167,7 +174,7 @@ class Look {
     check_number(tensors);
     Pointers pointers;
     pointers.reserve(rows_.size());
-    const Ahead ahead(tensors);
+    const Ahead ahead(tensors, reader.records());
     for (size_t i = 0; i < rows_.size(); ++i) {
       ahead.turn(i);
       pointers.push_back(look(tensors, i, reader).data);
@@ -199,7 +206,7 @@ class Look {
     beside.w = separate_tensors(tensors, reader, beside.others);
     beside.moments.resize(rows_.size());
     beside.float32.resize(rows_.size());
-    const Ahead ahead(moments);
+    const Ahead ahead(moments, reader.records());
     for (size_t i = 0; i < rows_.size(); ++i) {
       ahead.turn(i);
       PyObject* const tensor = PyList_GET_ITEM(moments.ptr(), i);
@@ -269,15 +276,15 @@ class Look {
     if (pybind11::len(grads) != pybind11::len(tensors))
       throw pybind11::value_error("one gradient per tensor");
     return show(tensors, reader, [&](size_t i) {
-      return pybind11::reinterpret_borrow<pybind11::object>(PyList_GET_ITEM(grads.ptr(), i));
+      return Held(pybind11::reinterpret_borrow<pybind11::object>(PyList_GET_ITEM(grads.ptr(), i)));
     });
   }
 
   // Each tensor's .grad. `others` are those with other strides than the tensor.
   Shown with_own_gradients(const pybind11::list& tensors, TensorReader& reader) {
-    const TensorAttribute& own = TensorAttribute::grad();
-    Shown shown =
-        show(tensors, reader, [&](size_t i) { return own.of(PyList_GET_ITEM(tensors.ptr(), i)); });
+    Shown shown = show(tensors, reader, [&](size_t i) {
+      return Held::gradient_of(PyList_GET_ITEM(tensors.ptr(), i), reader.records());
+    });
     if (!gradients_.overlapping(gradient_bytes_).empty())
       throw GradientMismatch("gradients share memory");
     return shown;
@@ -314,7 +321,7 @@ class Look {
     if (tensor == Py_None) return nullptr;
     const TensorView view = read_as<StaleLayout>(tensor, i, reader);
     const bool same = view.dtype == dtype && lies_beside(view, i) && view.same_strides(row(i)) &&
-                      in_memory(view, tensor, i, places);
+                      in_memory(view, [=] { return tensor; }, i, places);
     if (!same || (rows_[i].numel > 0 && weights_.at(i, view.data)))
       throw StaleLayout("the anchor of row " + std::to_string(i) + " changed");
     return view.data;
@@ -333,22 +340,22 @@ class Look {
     shown.g.reserve(rows_.size());
     shown.alive.reserve(rows_.size());
     // First all gradients, as a subclass runs Python here; then, at once, where everything lies.
-    const Ahead ahead(tensors);
+    const Ahead ahead(tensors, reader.records());
     for (size_t i = 0; i < rows_.size(); ++i) {
       ahead.turn(i);
       known_gradients_.turn(i);
       shown.alive.push_back(gradient(i));
       shown.present += !shown.alive.back().is_none();
     }
-    static_assert(sizeof(pybind11::object) == sizeof(PyObject*));
-    const Ahead ahead_too(reinterpret_cast<PyObject* const*>(shown.alive.data()), rows_.size());
     for (size_t i = 0; i < rows_.size(); ++i) {
       ahead.turn(i);
-      ahead_too.turn(i);
+      if (i + Ahead::kContents < rows_.size())
+        if (const void* const record = shown.alive[i + Ahead::kContents].record())
+          fetch_contents(record);
       const TensorView view = look(tensors, i, reader);
-      PyObject* const grad = shown.alive[i].ptr();
+      PyObject* const tensor = PyList_GET_ITEM(tensors.ptr(), i);
       shown.w.push_back(view.data);
-      shown.g.push_back(look_at_gradient(view, grad, i, reader, shown.others));
+      shown.g.push_back(look_at_gradient(view, tensor, shown.alive[i], i, reader, shown.others));
     }
     return shown;
   }
@@ -358,7 +365,7 @@ class Look {
   std::optional<std::pair<void*, bool>> moment(size_t i, PyObject* tensor, TensorReader& reader,
                                                size_t place) {
     const TensorView view = read_as<pybind11::value_error>(tensor, i, reader);
-    if (!lies_beside(view, i) || !in_memory(view, tensor, place, beside_))
+    if (!lies_beside(view, i) || !in_memory(view, [=] { return tensor; }, place, beside_))
       throw pybind11::value_error("row " + std::to_string(i) + ": a state unlike its tensor");
     const bool own = view.dtype == rows_[i].dtype;
     if (!view.same_strides(row(i)) || (!own && view.dtype != DType::kFloat32)) return {};
@@ -373,7 +380,7 @@ class Look {
     const bool same = is_here(view) && view.dtype == was.dtype && view.ndim == was.ndim &&
                       equal(view.shape, geometry, view.ndim) &&
                       equal(view.strides, geometry + was.ndim, view.ndim) &&
-                      in_memory(view, tensor, i, weights_);
+                      in_memory(view, [=] { return tensor; }, i, weights_);
     if (!same) throw StaleLayout("row " + std::to_string(i) + " changed");
     return view;
   }
@@ -388,16 +395,19 @@ class Look {
   }
 
   // The gradient's address; null for None and for one with other strides than its tensor.
-  void* look_at_gradient(const TensorView& tensor, PyObject* grad, size_t i, TensorReader& reader,
-                         std::vector<int64_t>& others) {
-    if (grad == Py_None) {
+  void* look_at_gradient(const TensorView& tensor, PyObject* object, Held& grad, size_t i,
+                         TensorReader& reader, std::vector<int64_t>& others) {
+    if (grad.is_none()) {
       if (!gradients_.at(i, nullptr)) gradients_.note(i, nullptr);
       return nullptr;
     }
-    const TensorView view = read_as<GradientMismatch>(grad, i, reader);
-    known_gradients_.note(i, grad, view.shape);
+    known_gradients_.note(i, grad.record());
+    const auto itself = [&] { return grad.object(object); };
+    TensorView view;
+    if (grad.record() == nullptr || !reader.records()->read(grad.record(), view))
+      view = read_as<GradientMismatch>(itself(), i, reader);
     if (!is_here(view) || view.dtype != tensor.dtype || !view.same_shape(tensor) ||
-        view.expanded() || !in_memory(view, grad, i, gradients_))
+        view.expanded() || !in_memory(view, itself, i, gradients_))
       throw GradientMismatch(std::to_string(i));
     const bool same = view.same_strides(tensor);
     // (Between the elements of one that is not dense another's may lie.)
@@ -415,11 +425,13 @@ class Look {
   // Whether memory holds every element, as it is. Torch is asked only about a row that moved, as a
   // storage does that is freed or resized; not noticed is one that comes back to its address, but
   // too small for its tensor (torch's own operations never notice), or a lazily negated view of it.
-  static bool in_memory(const TensorView& view, PyObject* tensor, size_t i, Places& places) {
+  template <class Object>
+  static bool in_memory(const TensorView& view, const Object& object, size_t i, Places& places) {
     if (view.data != nullptr && places.at(i, view.data)) return true;
     if (view.numel() > 0) {
       static const Method kStorage("untyped_storage"), kData("data_ptr"), kBytes("nbytes"),
           kNegative("is_neg");
+      PyObject* const tensor = object();
       if (kNegative(tensor).ptr() == Py_True) return false;
       const pybind11::object storage = kStorage(tensor);
       uintptr_t base = 0;

@@ -50,7 +50,7 @@ def native():
     yield module
     torch.set_num_threads(threads)
     module.use_instruction_set(instruction_set)
-    module.use_exchange_api(True)
+    module.use_records(True)
 
 
 @pytest.fixture

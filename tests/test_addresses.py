@@ -27,7 +27,7 @@ def look_at(request, monkeypatch):
     elif isinstance(compiled, str):
         pytest.skip(compiled)
     else:
-        compiled.use_exchange_api(request.param == "compiled")
+        compiled.use_records(request.param == "compiled")
 
     def look(tensors: list[Tensor], anchors: list[pack.Pair] | None = None):
         (only,) = pack.build(tensors, label, [0] * len(tensors), ("l1",), anchors)
@@ -35,7 +35,7 @@ def look_at(request, monkeypatch):
 
     yield look
     if not isinstance(compiled, str):
-        compiled.use_exchange_api(True)
+        compiled.use_records(True)
 
 
 def at(*tensors: Tensor | None) -> bytes:

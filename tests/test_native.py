@@ -1,4 +1,4 @@
-"""What only the native backend on the CPU has: threads, instruction sets, the exchange API.
+"""What only the native backend on the CPU has: threads, instruction sets, how tensors are read.
 
 Its sweeps against the oracle: test_sweeps.py.
 """
@@ -237,23 +237,22 @@ def test_more_than_2_to_31_elements():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_attribute_path_gives_the_same(native, dtype):
-    """Without the exchange API a tensor's facts are read as attributes: same bits, same errors."""
-    if not native.has_exchange_api():
-        pytest.skip("this torch has no exchange API")
+    """Where torch's records are not to be read, attributes are: same bits, same errors."""
+    assert native.reads_records()
     chosen = [case for case in REGULAR if case.name not in ("thousands", "hundreds")]
     for case in chosen:
         runs = []
         for yes in (True, False):
-            native.use_exchange_api(yes)
-            assert native.has_exchange_api() == yes
+            native.use_records(yes)
+            assert native.reads_records() == yes
             runs.append(Sweeps(case.build(dtype), [pyreg.ElasticNet(1e-3, 0.2)]).everything())
         assert all(oracle.same(a, b) for a, b in zip(*runs, strict=True))
 
 
-@pytest.mark.parametrize("exchange_api", [True, False])
-def test_a_layout_notices_every_change(native, exchange_api):
+@pytest.mark.parametrize("records", [True, False])
+def test_a_layout_notices_every_change(native, records):
     """StaleLayout for another dtype, shape, stride or count, and for freed memory; nothing runs."""
-    native.use_exchange_api(exchange_api)
+    native.use_records(records)
     layout = native.Layout([torch.ones(6, 4)], [0], ["l1"])
     strengths = [1.0] + [0.0] * (native.max_strengths - 1)
     assert layout.value([torch.ones(6, 4)], strengths, 1)[0] == 24
@@ -276,10 +275,10 @@ def test_a_layout_notices_every_change(native, exchange_api):
             layout.stats(other, 1)
 
 
-@pytest.mark.parametrize("exchange_api", [True, False])
-def test_a_layout_refuses_a_gradient_of_another_kind(native, exchange_api):
+@pytest.mark.parametrize("records", [True, False])
+def test_a_layout_refuses_a_gradient_of_another_kind(native, records):
     """GradientMismatch before anything is written; a gradient with other strides is handed back."""
-    native.use_exchange_api(exchange_api)
+    native.use_records(records)
     w = [torch.ones(6, 4), torch.ones(3)]
     layout = native.Layout(w, [0, 0], ["l1"])
     strengths = [1.0] + [0.0] * (native.max_strengths - 1)

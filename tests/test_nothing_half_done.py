@@ -119,8 +119,8 @@ def test_freed_after_a_call(strided):
                     call()
 
 
-@pytest.mark.parametrize("exchange_api", [True, False])
-def test_freed_far_into_a_storage(run_python, exchange_api):
+@pytest.mark.parametrize("records", [True, False])
+def test_freed_far_into_a_storage(run_python, records):
     """What FSDP does: parameters and gradients are views of one flat storage that comes and goes. A
     freed one's pointer is null plus an offset of any size: an error, not a crash (hence the process
     of its own), also when the layout knew the parameter at another offset; and it may come back."""
@@ -128,7 +128,7 @@ def test_freed_far_into_a_storage(run_python, exchange_api):
     printed = run_python(
         "import torch, pyreg\n"
         "from pyreg import _native\n"
-        f"_native.use_exchange_api({exchange_api})\n"
+        f"_native.use_records({records})\n"
         "n = 3_000_000\n"
         "w = torch.nn.Parameter(torch.ones(100))\n"
         "w.grad = torch.zeros(100)\n"

@@ -1,0 +1,123 @@
+"""Torch's own records of tensors, which the compiled modules read: afresh, and nothing is kept of
+them. What they say of every kind of tensor: test_addresses.py, test_native.py."""
+
+from __future__ import annotations
+
+import sys
+from array import array
+
+import pytest
+import torch
+from torch import nn
+
+
+@pytest.fixture(autouse=True)
+def _records(native):
+    assert native.reads_records()
+
+
+def of(*tensors: torch.Tensor) -> bytes:
+    return array("q", [t.data_ptr() for t in tensors]).tobytes()
+
+
+def counted_gradient() -> tuple[nn.Parameter, bytearray]:
+    """A parameter, and the memory of its gradient: of each reference to that one is counted."""
+    memory = bytearray(16)
+    w = nn.Parameter(torch.ones(4))
+    w.grad = torch.frombuffer(memory, dtype=torch.float32)
+    return w, memory
+
+
+def test_a_gradient_is_kept_as_long_as_its_address(native):
+    """Another thread may drop it while a sweep runs."""
+    w, memory = counted_gradient()
+    look = native.Look([w])
+    held = sys.getrefcount(memory)
+    shown = look.with_own_gradients([w])
+    assert shown.gradients == of(w.grad)
+    w.grad = None
+    assert sys.getrefcount(memory) == held
+    del shown
+    assert sys.getrefcount(memory) < held
+
+
+def test_no_gradient_is_kept_longer(native):
+    """Nor after an error in another row, nor by what remembers where it was."""
+    w, memory = counted_gradient()
+    other = nn.Parameter(torch.ones(3))
+    other.grad = torch.ones(3)
+    look = native.Look([w, other])
+    for _ in range(3):
+        look.with_own_gradients([w, other])
+    other.grad = torch.ones(3).to_sparse()
+    with pytest.raises(native.GradientMismatch):
+        look.with_own_gradients([w, other])
+    held = sys.getrefcount(memory)
+    w.grad = None
+    assert sys.getrefcount(memory) < held
+
+
+def test_other_tensors_behind_the_same_objects(native):
+    """A module's conversion swaps what its parameters' objects stand for."""
+    a, b = nn.Parameter(torch.ones(4)), nn.Parameter(torch.zeros(4))
+    a.grad, b.grad = torch.ones(4), torch.zeros(4)
+    look = native.Look([a, b])
+    tensors, gradients = of(a, b), of(a.grad, b.grad)
+    swapped = of(b, a), of(b.grad, a.grad)
+    shown = look.with_own_gradients([a, b])
+    assert (shown.tensors, shown.gradients) == (tensors, gradients)
+    del shown
+    torch.utils.swap_tensors(a, b)
+    shown = look.with_own_gradients([a, b])
+    assert (shown.tensors, shown.gradients) == swapped == (of(a, b), of(a.grad, b.grad))
+
+
+class Disguised(nn.Parameter):
+    """Its attributes are not its record's."""
+
+    @property
+    def grad(self):
+        return torch.full((4,), 7.0)
+
+    @property
+    def requires_grad(self):
+        return False
+
+
+def test_attributes_of_a_subclass_come_first(native):
+    w = Disguised(torch.ones(4))
+    assert native.require_grad([w, nn.Parameter(torch.ones(4))]) == b"\0\1"
+    shown = native.Look([w]).with_own_gradients([w])
+    assert shown.tensors == of(w)
+    assert shown.present == 1
+
+
+@pytest.mark.parametrize(
+    ("of", "name", "otherwise"),
+    [
+        ("torch.Tensor", "_cdata", "property(lambda tensor: 4096)"),
+        ("torch.Tensor", "_cdata", "property(lambda tensor: None)"),
+        ("torch.Tensor", "stride", "lambda tensor: (1, 3)"),
+        ("torch.Tensor", "grad", "property(lambda tensor: None, lambda tensor, grad: None)"),
+        ("torch._C", "__file__", "'/no/such/library.so'"),
+    ],
+)
+def test_a_torch_that_is_not_as_expected(run_python, of, name, otherwise):
+    """Attributes are read in its place, and `pyreg doctor` says so."""
+    printed = run_python(
+        "import torch\n"
+        f"usual = {of}.{name}\n"
+        f"{of}.{name} = {otherwise}\n"
+        "from pyreg import _native\n"
+        "assert not _native.reads_records()\n"
+        f"{of}.{name} = usual\n"
+        "import pyreg\n"
+        "from pyreg import doctor\n"
+        "w = torch.nn.Parameter(torch.ones(100))\n"
+        "w.grad = torch.full((100,), 2.0)\n"
+        "with pyreg.use_backend('native'):\n"
+        "    value = pyreg.Regularizer([('w', w)], pyreg.L1(0.5)).accumulate_()\n"
+        "assert (value, w.grad.unique().tolist()) == (50.0, [2.5])\n"
+        "print('records are not as expected' in doctor.diagnose())\n"
+    )
+    assert printed == "True\n"
