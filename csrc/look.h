@@ -53,6 +53,7 @@ inline std::vector<int> penalty_indices(const std::vector<std::string>& penaltie
 
 // Of each tensor, whether it requires a gradient: 1 or 0.
 inline pybind11::bytes require_grad(const pybind11::list& tensors) {
+  static const Attribute kRequiresGrad("requires_grad");
   const Records* const records = Records::get();
   std::string flags(pybind11::len(tensors), 0);
   const Ahead ahead(tensors, records);
@@ -61,7 +62,7 @@ inline pybind11::bytes require_grad(const pybind11::list& tensors) {
     PyObject* const tensor = PyList_GET_ITEM(tensors.ptr(), i);
     flags[i] = records != nullptr && records->is_plain(tensor)
                    ? records->requires_grad(records->of(tensor))
-                   : pybind11::getattr(pybind11::handle(tensor), "requires_grad").ptr() == Py_True;
+                   : kRequiresGrad(tensor).ptr() == Py_True;
   }
   return pybind11::bytes(flags);
 }

@@ -282,7 +282,8 @@ class Held {
 
  private:
   static pybind11::object attribute(PyObject* tensor) {
-    return pybind11::getattr(pybind11::handle(tensor), "grad");
+    static const Attribute kGrad("grad");
+    return kGrad(tensor);
   }
 
   pybind11::object object_;

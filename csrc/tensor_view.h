@@ -67,6 +67,21 @@ struct TensorView {
   }
 };
 
+// An attribute of Python objects.
+class Attribute {
+ public:
+  explicit Attribute(const char* name) : name_(PyUnicode_InternFromString(name)) {}
+
+  pybind11::object operator()(PyObject* self) const {
+    PyObject* const value = PyObject_GetAttr(self, name_);
+    if (value == nullptr) throw pybind11::error_already_set();
+    return pybind11::reinterpret_steal<pybind11::object>(value);
+  }
+
+ private:
+  PyObject* name_;  // kept for good
+};
+
 // A Python method without arguments.
 class Method {
  public:
