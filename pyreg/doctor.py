@@ -101,7 +101,7 @@ def diagnose(checks: Sequence[Check] = ()) -> str:
             + (
                 "torch's own records"
                 if module.reads_records()
-                else "Python attributes, 1 us each (torch's records are not as expected: before 2.9?)"
+                else "Python attributes, 1 us each (records are not as expected; torch < 2.9?)"
             ),
         ]
         if not module.has_openmp():
