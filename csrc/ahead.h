@@ -19,9 +19,13 @@ inline void fetch(const void* address, int lines) {
 
 inline void fetch_record(const void* record) { fetch(record, 3); }
 
-// A record's storage, and what autograd keeps (behind a table and counts).
+// A record's storage, and what autograd keeps: behind a table and counts.
+inline const void* storage_of(const void* record) {
+  return static_cast<const void* const*>(record)[2];
+}
 inline void fetch_contents(const void* record) {
-  for (int word : {2, 3}) fetch(static_cast<const void* const*>(record)[word], 2);
+  fetch(storage_of(record), 2);
+  fetch(static_cast<const void* const*>(record)[3], 2);
 }
 
 class Ahead {
@@ -38,34 +42,40 @@ class Ahead {
     if (records_ == nullptr) return;
     if (i + kObjects < n_) fetch(tensors_[i + kObjects], 2);
     if (i + kRecords < n_)
-      if (const void* const record = record_of(i + kRecords)) fetch_record(record);
+      if (const void* const record = records_->of_plain(tensors_[i + kRecords]))
+        fetch_record(record);
     if (i + kContents < n_)
-      if (const void* const record = record_of(i + kContents)) fetch_contents(record);
+      if (const void* const record = records_->of_plain(tensors_[i + kContents]))
+        fetch_contents(record);
   }
 
  private:
-  const void* record_of(size_t i) const {
-    return records_->is_plain(tensors_[i]) ? records_->of(tensors_[i]) : nullptr;
-  }
-
   PyObject* const* tensors_;
   size_t n_;
   const Records* records_;
 };
 
-// The same for records that nobody has yet: from where those of the last call were found.
+// The same for records that nobody has yet: from where those of the last call, and their storages,
+// were found.
 class Known {
  public:
   explicit Known(size_t rows) : at_(rows) {}
-  void note(size_t row, const void* record) { at_[row] = record; }
+  void note(size_t row, const void* record) {
+    at_[row] = {record, record == nullptr ? nullptr : storage_of(record)};
+  }
 
   // To be called in the turn of a row.
   void turn(size_t row) const {
-    if (row + Ahead::kRecords < at_.size()) fetch_record(at_[row + Ahead::kRecords]);
+    if ((row += Ahead::kRecords) >= at_.size()) return;
+    fetch_record(at_[row].record);
+    fetch(at_[row].storage, 2);
   }
 
  private:
-  std::vector<const void*> at_;
+  struct Place {  // never followed: who was there may be gone
+    const void *record = nullptr, *storage = nullptr;
+  };
+  std::vector<Place> at_;
 };
 
 }  // namespace pyreg

@@ -201,7 +201,7 @@ std::optional<std::vector<double>> count(const py::list& steps) {
   views.reserve(py::len(steps));
   for (py::handle tensor : steps) {
     const TensorView view = reader.read(tensor.ptr());
-    if (view.ndim != 0 || view.device_type != 1 ||
+    if (view.ndim != 0 || view.device_type != 1 || view.data == nullptr ||
         (view.dtype != DType::kFloat64 && view.dtype != DType::kFloat32))
       return {};
     views.push_back(view);
@@ -296,6 +296,7 @@ Shown with_own_gradients(Look& look, const py::list& tensors) {
 
 PYBIND11_MODULE(_native, m) {
   using pyreg::Layout, pyreg::Look, pyreg::Shown;
+  pyreg::Records::get();  // now, before anything of torch's is active that would hide them
   m.doc() = "pyreg's native sweeps over CPU tensors. Use pyreg's Python functions instead.";
   m.attr("max_strengths") = pyreg::kMaxStrengths;
   m.attr("max_sums") = pyreg::kMaxSums;

@@ -60,9 +60,9 @@ inline pybind11::bytes require_grad(const pybind11::list& tensors) {
   for (size_t i = 0; i < flags.size(); ++i) {
     ahead.turn(i);
     PyObject* const tensor = PyList_GET_ITEM(tensors.ptr(), i);
-    flags[i] = records != nullptr && records->is_plain(tensor)
-                   ? records->requires_grad(records->of(tensor))
-                   : kRequiresGrad(tensor).ptr() == Py_True;
+    const void* const record = records != nullptr ? records->of_plain(tensor) : nullptr;
+    flags[i] =
+        record != nullptr ? records->requires_grad(record) : kRequiresGrad(tensor).ptr() == Py_True;
   }
   return pybind11::bytes(flags);
 }
@@ -110,7 +110,7 @@ using Pairs = std::vector<std::pair<pybind11::object, pybind11::object>>;
 // The tensors and gradients of one call.
 struct Shown {
   Shown() = default;
-  Shown(Shown&&) = default;
+  Shown(Shown&&) = default;  // (and so no copy)
 
   Pointers w, g;
   std::vector<Held> alive;      // what g points into
@@ -276,15 +276,35 @@ class Look {
                        TensorReader& reader) {
     if (pybind11::len(grads) != pybind11::len(tensors))
       throw pybind11::value_error("one gradient per tensor");
-    return show(tensors, reader, [&](size_t i) {
+    return show(tensors, reader, [&](size_t i, const std::vector<Held>&) {
       return Held(pybind11::reinterpret_borrow<pybind11::object>(PyList_GET_ITEM(grads.ptr(), i)));
     });
   }
 
   // Each tensor's .grad. `others` are those with other strides than the tensor.
   Shown with_own_gradients(const pybind11::list& tensors, TensorReader& reader) {
-    Shown shown = show(tensors, reader, [&](size_t i) {
-      return Held::gradient_of(PyList_GET_ITEM(tensors.ptr(), i), reader.records());
+    // By torch's records, up to a tensor whose .grad may run Python: what that does, to others
+    // too, is seen by none of them.
+    const Records* records = reader.records();
+    Shown shown = show(tensors, reader, [&](size_t i, std::vector<Held>& before) {
+      PyObject* const tensor = PyList_GET_ITEM(tensors.ptr(), i);
+      const void* const own = records != nullptr ? records->of_plain(tensor) : nullptr;
+      if (own != nullptr) {
+        const void* const record = records->gradient(own);
+        if (record == nullptr) return Held();
+        Held held(*records, record);
+        // (What moved is asked about its memory, through its object.)
+        if (const void* const data = records->data(record);
+            data == nullptr || !gradients_.at(i, data))
+          ask(held, tensor, i);
+        return held;
+      }
+      for (size_t k = 0; records != nullptr && k < i; ++k)
+        if (!before[k].is_none()) ask(before[k], PyList_GET_ITEM(tensors.ptr(), k), k);
+      records = nullptr;
+      Held held;
+      ask(held, tensor, i);
+      return held;
     });
     if (!gradients_.overlapping(gradient_bytes_).empty())
       throw GradientMismatch("gradients share memory");
@@ -345,7 +365,7 @@ class Look {
     for (size_t i = 0; i < rows_.size(); ++i) {
       ahead.turn(i);
       known_gradients_.turn(i);
-      shown.alive.push_back(gradient(i));
+      shown.alive.push_back(gradient(i, shown.alive));
       shown.present += !shown.alive.back().is_none();
     }
     for (size_t i = 0; i < rows_.size(); ++i) {
@@ -390,9 +410,14 @@ class Look {
   static TensorView read_as(PyObject* tensor, size_t i, TensorReader& reader) {
     try {
       return reader.read(tensor);
-    } catch (pybind11::error_already_set&) {  // sparse, say, or on the meta device
+    } catch (const std::exception&) {  // sparse, say, or nested
       throw Error("row " + std::to_string(i) + " has no memory of its own");
     }
+  }
+
+  static void ask(Held& gradient, PyObject* tensor, size_t i) {
+    if (!gradient.ask(tensor))
+      throw StaleLayout("the gradient of row " + std::to_string(i) + " changed");
   }
 
   // The gradient's address; null for None and for one with other strides than its tensor.
@@ -403,7 +428,10 @@ class Look {
       return nullptr;
     }
     known_gradients_.note(i, grad.record());
-    const auto itself = [&] { return grad.object(object); };
+    const auto itself = [&] {
+      if (grad.object() == nullptr) ask(grad, object, i);
+      return grad.object();
+    };
     TensorView view;
     if (grad.record() == nullptr || !reader.records()->read(grad.record(), view))
       view = read_as<GradientMismatch>(itself(), i, reader);

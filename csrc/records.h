@@ -8,7 +8,6 @@
 // and attributes are read in its place (1 us a tensor).
 #pragma once
 
-#include <pybind11/gil_safe_call_once.h>
 #include <pybind11/pybind11.h>
 
 #include <optional>
@@ -27,10 +26,16 @@ namespace pyreg {
 
 class Records {
  public:
-  // Null where torch is not as expected, and where tests say so.
+  // Null where torch is not as expected, and where tests say so. Asked first while the module is
+  // imported; again at later calls, some times, as what is active may hide how tensors are:
+  // a transform of torch.func's, say.
   static const Records* get() {
-    PYBIND11_CONSTINIT static pybind11::gil_safe_call_once_and_store<std::optional<Records>> kept;
-    const auto& found = kept.call_once_and_store_result(find).get_stored();
+    static std::optional<Records> found;
+    static int tries = 8;
+    if (!found && tries > 0) {
+      --tries;
+      if (std::optional<Records> now = find(); now && !found) found = now;
+    }
     return found && enabled() ? &*found : nullptr;
   }
 
@@ -42,14 +47,15 @@ class Records {
                                                                           : nullptr;
   }
 
-  // Of torch's own two types, so that no attribute of a subclass stands before the record's.
-  bool is_plain(PyObject* object) const {
-    return Py_IS_TYPE(object, parameter_) || Py_IS_TYPE(object, tensor_);
+  // Null if it is not of torch's own two types: an attribute of a subclass comes before what the
+  // record says.
+  const void* of_plain(PyObject* object) const {
+    return is_plain(object) ? word(object, word_) : nullptr;
   }
 
   // Whether it could be read: what has no strides or no memory could not, and attributes say why.
   bool read(const void* record, TensorView& view) const {
-    // (To C++ a tensor is a reference that is counted: an address. The functions take its own.)
+    // (A tensor of C++ is one pointer, to its record. The functions take that pointer's address.)
     const void* const tensor = &record;
     int32_t layout, dtype, type, index;
     int64_t ndim;
@@ -61,7 +67,6 @@ class Records {
     view.ndim = static_cast<int>(ndim);
     view.device_type = type == cpu_ ? 1 : type == cuda_ ? 2 : -1;
     view.device_index = index < 0 ? 0 : index;
-    view.dtype.reset();
     if (dtype == float32_) view.dtype = DType::kFloat32;
     if (dtype == float64_) view.dtype = DType::kFloat64;
     if (dtype == float16_) view.dtype = DType::kFloat16;
@@ -77,14 +82,20 @@ class Records {
 
   bool requires_grad(const void* record) const { return is_required_of_(record); }
 
-  // A reference to nothing, for `refer`, and with that to let go of what it refers to.
-  const void* nothing() const { return undefined_; }
-
-  // Makes `reference` one to this record, which is kept until it is made another.
-  void refer(const void*& reference, const void* record) const {
-    if (assign_(&record, &reference) != 0)
-      throw std::runtime_error("torch keeps no reference to a tensor");
+  // Where its first element lies; null where that cannot be told.
+  const void* data(const void* record) const {
+    void* data = nullptr;
+    return data_of_(&record, &data) == 0 ? data : nullptr;
   }
+
+  // A tensor of C++ that keeps a record until `release`.
+  const void* keep(const void* record) const {
+    const void* tensor = undefined_;
+    if (assign_(&record, &tensor) != 0)
+      throw std::runtime_error("torch keeps no reference to a tensor");
+    return tensor;
+  }
+  void release(const void* tensor) const { assign_(&undefined_, &tensor); }
 
  private:
   // Torch's functions; the integers are error codes.
@@ -94,6 +105,10 @@ class Records {
   static bool& enabled() {
     static bool on = true;
     return on;
+  }
+
+  bool is_plain(PyObject* object) const {
+    return Py_IS_TYPE(object, parameter_) || Py_IS_TYPE(object, tensor_);
   }
 
   static const void* word(PyObject* object, int k) {
@@ -171,6 +186,7 @@ class Records {
       const pybind11::object whole = make(dtype);
       for (const pybind11::object& tensor :
            {whole, pybind11::object(whole.attr("t")().attr("narrow")(0, 1, 2))}) {
+        if (of_plain(tensor.ptr()) == nullptr) return false;  // a mode is active that makes others
         AttributeReader attributes;
         const TensorView expected = attributes.read(tensor.ptr());
         if (of(tensor.ptr()) != cdata(tensor)) return false;
@@ -189,12 +205,9 @@ class Records {
     undefined_ = *gradient_of_(record);
     tensor.attr("grad") = grad;
     if (!requires_grad(record) || gradient(record) != cdata(grad)) return false;
-    const void* reference = nothing();
-    refer(reference, record);
-    const bool refers = reference == record;
-    refer(reference, nothing());
+    release(keep(record));
     tensor.attr("grad") = pybind11::none();
-    return refers && reference == nothing() && gradient(record) == nullptr;
+    return gradient(record) == nullptr;
   }
 
   // [3][4] of any such dtype.
@@ -245,50 +258,39 @@ class TensorReader {
 class Held {
  public:
   Held() = default;
-  explicit Held(pybind11::object object) {
-    if (!object.is_none()) object_ = std::move(object);
-  }
+  explicit Held(pybind11::object object) { take(std::move(object)); }
   Held(const Records& records, const void* record)
-      : records_(&records), reference_(records.nothing()) {
-    records.refer(reference_, record);
-  }
+      : records_(&records), record_(records.keep(record)) {}
   Held(Held&& other) noexcept
       : object_(std::move(other.object_)),
         records_(std::exchange(other.records_, nullptr)),
-        reference_(other.reference_) {}
+        record_(std::exchange(other.record_, nullptr)) {}
   Held& operator=(Held&&) = delete;
   ~Held() {
-    if (records_ != nullptr) records_->refer(reference_, records_->nothing());
+    if (record_ != nullptr) records_->release(record_);
   }
 
-  // A tensor's .grad.
-  static Held gradient_of(PyObject* tensor, const Records* records) {
-    if (records == nullptr || !records->is_plain(tensor)) return Held(attribute(tensor));
-    const void* const record = records->gradient(records->of(tensor));
-    return record == nullptr ? Held() : Held(*records, record);
-  }
-
-  bool is_none() const { return records_ == nullptr && !object_; }
+  bool is_none() const { return record_ == nullptr && !object_; }
   // Null if it is not known.
-  const void* record() const { return records_ != nullptr ? reference_ : nullptr; }
+  const void* record() const { return record_; }
+  // Null if nobody gave or asked for it.
+  PyObject* object() const { return object_.ptr(); }
 
-  // The Python object, of a gradient of `tensor`'s.
-  PyObject* object(PyObject* tensor) {
-    if (!object_) object_ = attribute(tensor);
-    if (records_ != nullptr && records_->of(object_.ptr()) != reference_)
-      throw std::runtime_error("a gradient was replaced by another thread");
-    return object_.ptr();
+  // Asks `tensor`, whose gradient it is, for the object. False if it has another by now.
+  bool ask(PyObject* tensor) {
+    static const Attribute kGrad("grad");
+    if (!object_) take(kGrad(tensor));
+    return record_ == nullptr || (object_ && records_->of(object_.ptr()) == record_);
   }
 
  private:
-  static pybind11::object attribute(PyObject* tensor) {
-    static const Attribute kGrad("grad");
-    return kGrad(tensor);
+  void take(pybind11::object object) {
+    if (!object.is_none()) object_ = std::move(object);
   }
 
   pybind11::object object_;
   const Records* records_ = nullptr;
-  const void* reference_ = nullptr;
+  const void* record_ = nullptr;
 };
 
 }  // namespace pyreg

@@ -14,6 +14,8 @@ Slots = tuple[dict[str, object], tuple[str, ...], tuple[object, ...]]
 
 _requires_grad = attrgetter("requires_grad")
 
+load()  # now: it finds out how tensors are read, which a transform of torch.func's would hide
+
 
 def require_grad(tensors: list[Tensor]) -> bytes:
     """Of each tensor, whether it requires a gradient: 1 or 0."""

@@ -236,6 +236,12 @@ def build(
         pack.rule_of.append(rule_of[i])
         pack.geometry.append(geometry(t))
     devices = list(dict.fromkeys(device for device, *_ in packs))
+    bare = [p.rows[0] for p in packs.values() if p.device_type == "meta"]
+    if bare and len(devices) > 1:
+        raise ValueError(
+            f"{label(min(bare))}: is on the meta device, among tensors that are not: give it memory "
+            "first (module.to_empty, or load_state_dict with assign=True)"
+        )
     return sorted(
         packs.values(),
         key=lambda p: (devices.index(p.device), p.irregular is not None, p.anchors is not None),

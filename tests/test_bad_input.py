@@ -124,6 +124,22 @@ def test_meta_tensors():
     assert value.device.type == "meta"
 
 
+def test_a_meta_tensor_among_others():
+    """Refused before the others are changed, also where it is a later one's turn to be that."""
+    ps = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    for p in ps:
+        p.grad = torch.zeros(3)
+    reg = pyreg.Regularizer(list(zip("ab", ps, strict=True)), pyreg.L1(1.0))
+    reg.accumulate_()
+    bare = nn.Parameter(torch.ones(3, device="meta"))
+    bare.grad = torch.zeros(3, device="meta")
+    torch.utils.swap_tensors(ps[1], bare)
+    for call in (reg, reg.accumulate_, lambda: reg.prox_(0.1), reg.stats):
+        with pytest.raises(ValueError, match=r"params\[1\] \('b'\): is on the meta device"):
+            call()
+    assert ps[0].grad.tolist() == ps[0].tolist() == [1.0, 1.0, 1.0]
+
+
 STRENGTHS = [
     (-1.0, ValueError),
     (-1e-300, ValueError),
