@@ -239,7 +239,7 @@ def build(
     bare = [p.rows[0] for p in packs.values() if p.device_type == "meta"]
     if bare and len(devices) > 1:
         raise ValueError(
-            f"{label(min(bare))}: is on the meta device, among tensors that are not: give it memory "
+            f"{label(min(bare))}: is on the meta device, among others that are not: give it memory "
             "first (module.to_empty, or load_state_dict with assign=True)"
         )
     return sorted(
