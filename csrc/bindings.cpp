@@ -296,7 +296,7 @@ Shown with_own_gradients(Look& look, const py::list& tensors) {
 
 PYBIND11_MODULE(_native, m) {
   using pyreg::Layout, pyreg::Look, pyreg::Shown;
-  pyreg::Records::get();  // now, before anything of torch's is active that would hide them
+  pyreg::Records::get();  // most likely nothing is active now that would hide them
   m.doc() = "pyreg's native sweeps over CPU tensors. Use pyreg's Python functions instead.";
   m.attr("max_strengths") = pyreg::kMaxStrengths;
   m.attr("max_sums") = pyreg::kMaxSums;

@@ -14,7 +14,10 @@ Slots = tuple[dict[str, object], tuple[str, ...], tuple[object, ...]]
 
 _requires_grad = attrgetter("requires_grad")
 
-load()  # now: it finds out how tensors are read, which a transform of torch.func's would hide
+
+def make_ready() -> None:
+    """Find out now how tensors are read, which an active transform of torch.func's would hide."""
+    load()
 
 
 def require_grad(tensors: list[Tensor]) -> bytes:

@@ -14,7 +14,7 @@ from . import autograd, ops, sweeps
 from .attachment import Attachment, Coupling, Mode, check_held
 from .coverage import Coverage, Covered, report_rules, resolve
 from .dispatch import choose, requested
-from .look import require_grad, unchanged
+from .look import make_ready, require_grad, unchanged
 from .members import pairs_of, slots_of
 from .metric import Metric
 from .pack import Packs
@@ -107,6 +107,7 @@ class Regularizer:
         self._pairs = [] if self._model is not None else pairs_of(model)
         self._attachment: Attachment | None = None
         self._last: sweeps.Value | None = None
+        make_ready()
         self._resolve()
 
     def __call__(self) -> Tensor:

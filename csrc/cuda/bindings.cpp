@@ -271,7 +271,7 @@ class Layout {
 
 PYBIND11_MODULE(PYREG_MODULE, m) {
   using namespace pyreg::cuda;
-  pyreg::Records::get();  // now, before anything of torch's is active that would hide them
+  pyreg::Records::get();  // most likely nothing is active now that would hide them
   m.doc() = "pyreg's native sweeps over CUDA tensors. Use pyreg's Python functions instead.";
   m.attr("max_strengths") = pyreg::kMaxStrengths;
   m.attr("max_sums") = pyreg::kMaxSums;
