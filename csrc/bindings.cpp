@@ -193,17 +193,45 @@ class Layout {
   Table table_;
 };
 
+// Of a tensor of one number that can be read here and now: 0-dim on the CPU, float32 or float64.
+bool is_number(const TensorView& view) {
+  return view.ndim == 0 && view.device_type == 1 && view.data != nullptr &&
+         (view.dtype == DType::kFloat64 || view.dtype == DType::kFloat32);
+}
+
+// Each one's number, or None: of a float, an int, or such a tensor.
+py::list read_numbers(const py::list& given) {
+  TensorReader reader;
+  py::list found;
+  const Ahead ahead(given, reader.records());
+  for (size_t i = 0; i < py::len(given); ++i) {
+    ahead.turn(i);
+    PyObject* const x = PyList_GET_ITEM(given.ptr(), i);
+    py::object number = py::none();
+    if (PyFloat_Check(x) || PyLong_Check(x)) {
+      number = py::float_(py::handle(x).cast<double>());
+    } else if (x != Py_None) {
+      try {
+        if (const TensorView view = reader.read(x); is_number(view))
+          number = py::float_(view.dtype == DType::kFloat64 ? *static_cast<double*>(view.data)
+                                                            : *static_cast<float*>(view.data));
+      } catch (const std::exception&) {  // no tensor, or one without memory
+      }
+    }
+    found.append(number);
+  }
+  return found;
+}
+
 // Adds 1 to each of these tensors, and returns them as numbers; or None, and adds nothing, where
-// one is not 0-dim on the CPU, float32 or float64.
+// one is no such tensor.
 std::optional<std::vector<double>> count(const py::list& steps) {
   TensorReader reader;
   std::vector<TensorView> views;
   views.reserve(py::len(steps));
   for (py::handle tensor : steps) {
     const TensorView view = reader.read(tensor.ptr());
-    if (view.ndim != 0 || view.device_type != 1 || view.data == nullptr ||
-        (view.dtype != DType::kFloat64 && view.dtype != DType::kFloat32))
-      return {};
+    if (!is_number(view)) return {};
     views.push_back(view);
   }
   std::vector<double> counts;
@@ -313,6 +341,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("use_records", &pyreg::Records::use, py::arg("yes"));
   m.def("require_grad", &pyreg::require_grad, py::arg("tensors"));
   m.def("count", &pyreg::count, py::arg("steps"));
+  m.def("read_numbers", &pyreg::read_numbers, py::arg("given"));
   m.def("unchanged", &pyreg::unchanged, py::arg("slots"));
   py::class_<Layout>(m, "Layout", py::module_local())
       .def(py::init<const py::list&, const std::vector<int>&, const std::vector<std::string>&,

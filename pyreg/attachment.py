@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .metric import Metric, gain, identity, metric_of, waits
+from .look import numbers
+from .metric import BY_COUNT, Metric, gain, identity, metric_of, waits
 
 if TYPE_CHECKING:
     from .regularizer import Regularizer
@@ -262,15 +263,12 @@ def metric_of_rows(
         groups |= {id(p): with_rate for p in group["params"]}
 
     def metric(p: Tensor) -> Metric | None:
-        group, state = groups.get(id(p)), optimizer.state.get(p)
+        group = groups.get(id(p))
         if group is None or (p.grad is None if moved is None else id(p) not in moved):
             return None
-        found, step = None, None if read is identity else (state or {}).get("step")
-        if isinstance(step, Tensor) and waits(step):
-            if id(group) not in together:
-                together[id(group)] = _read_together(read, group, optimizer.state)
-            found = together[id(group)].get(id(p))
-        found = found or read(group, state)
+        if id(group) not in together:
+            together[id(group)] = _read_together(read, group, optimizer.state)
+        found = together[id(group)].get(id(p)) or read(group, optimizer.state.get(p))
         if skipped is None:
             return found
         # Without waiting for the device: a step of 0 changes nothing.
@@ -286,29 +284,42 @@ def _read_together(
     group: dict[str, Any],
     state: Mapping[Tensor, dict[str, Any]],
 ) -> dict[int, Metric]:
-    """{id: metric} of those parameters of a param group whose counts of steps are on a GPU: all of
-    a device in a few operations, where one by one they would be some launches each."""
-    on: dict[torch.device, list[Tensor]] = {}
-    for p in group["params"]:
-        if isinstance(step := state.get(p, {}).get("step"), Tensor) and waits(step):
-            on.setdefault(step.device, []).append(p)
-    found: dict[int, Metric] = {}
-    for params in on.values():
-        first, *_ = own = [state[p] for p in params]
-        steps = torch.stack([s["step"].detach().reshape(()) for s in own]).double()
+    """{id: metric} of those parameters of a param group whose counts of steps are the same number,
+    or on one GPU: all of them at once, where one by one takes some microseconds each, and on a GPU
+    some launches."""
+    own = [(p, state.get(p) or {}) for p in group["params"]]
+    steps = [found.get("step") for _, found in own]
+    counts = numbers(steps) if read in BY_COUNT else [None] * len(steps)
+    alike: dict[Any, list[int]] = {}
+    for i, (step, count) in enumerate(zip(steps, counts, strict=True)):
+        if count is not None or (step is None and read in BY_COUNT):
+            alike.setdefault(count, []).append(i)
+        elif isinstance(step, Tensor) and waits(step):
+            alike.setdefault(step.device, []).append(i)
+    metrics: dict[int, Metric] = {}
+    for which, rows in alike.items():
+        params, states = zip(*[own[i] for i in rows], strict=True)
+        first = given = states[0]
+        if isinstance(which, torch.device):
+            stacked = torch.stack([s["step"].detach().reshape(()) for s in states]).double()
+            given = {**first, "step": stacked}
+        elif which is not None:
+            given = {**first, "step": which}
         try:
-            metric = read(group, {**first, "step": steps})
-            key = next((k for k, x in first.items() if x is metric.moment), None)
-            moments = [s[key] for s in own]
-        except KeyError:  # a state lacks something, which whoever asks for that one hears of; or
-            continue  # the moment is made anew for each
+            metric = read(group, given)
+            moments = repeat(None)
+            if metric.moment is not None:
+                key = next((k for k, x in first.items() if x is metric.moment), None)
+                moments = [s[key] for s in states]
+        except (KeyError, ArithmeticError):
+            continue  # whoever asks for one hears of it; or the moment is made anew for each
         columns = [
-            x.expand(len(params)).unbind() if isinstance(x, Tensor) and x.ndim == 1 else repeat(x)
+            x.expand(len(rows)).unbind() if isinstance(x, Tensor) and x.ndim == 1 else repeat(x)
             for x in (metric.numerator, metric.factor, metric.offset)
         ]
-        rows = zip(params, moments, *columns, strict=False)
-        found |= {id(p): Metric(*numbers, metric.root) for p, *numbers in rows}
-    return found
+        found = zip(params, moments, *columns, strict=False)
+        metrics |= {id(p): Metric(*row, metric.root) for p, *row in found}
+    return metrics
 
 
 def _rate(coupling: Coupling, group: dict[str, Any]) -> float | Tensor:

@@ -36,6 +36,25 @@ def unchanged(slots: list[Slots]) -> bool:
     return native.unchanged(slots)
 
 
+def numbers(given: list[object]) -> list[float | None]:
+    """Each one's number, where the host has it: of a float, an int, a 0-dim float32 or float64
+    tensor on the CPU. None for others."""
+    native = load()
+    if not isinstance(native, str):
+        return native.read_numbers(given)
+    found: list[float | None] = []
+    for x in given:
+        known = isinstance(x, float | int) or (
+            isinstance(x, Tensor)
+            and x.dim() == 0
+            and x.device.type == "cpu"
+            and x.dtype in (torch.float32, torch.float64)
+            and x.untyped_storage().nbytes() > 0
+        )
+        found.append(float(x.detach() if isinstance(x, Tensor) else x) if known else None)
+    return found
+
+
 def count(counters: list[Tensor]) -> list[float] | Tensor | None:
     """Each of an optimizer's step counters, after adding 1 to it: numbers, or float64 where the
     counters are on a device, for which nobody waits. None if one is no such; none is changed then.

@@ -120,6 +120,9 @@ METRICS: dict[type[Optimizer], Callable[[dict[str, Any], dict[str, Any]], Metric
 }
 """(param group, a parameter's state after the step) -> its metric, by the optimizer's class."""
 
+BY_COUNT = frozenset([identity, *METRICS.values()])
+"""Those whose numbers are the same for all of a param group that took as many steps."""
+
 
 def metric_of(optimizer: Optimizer) -> Callable[[dict[str, Any], dict[str, Any]], Metric]:
     """How to read this optimizer's metric.

@@ -182,10 +182,16 @@ def prox_in_metric(
     """
     check_strengths(rules)
 
+    def check() -> None:
+        for metric, t, i in zip(metrics, tensors, range(len(tensors)), strict=True):
+            check_moment(metric, t, label(i))
+
     def sweep(current: list[Pack]) -> Value:
         chosen = _prepare(current, tensors)
-        for i, t in enumerate(tensors):
-            check_moment(metrics[i], t, label(i))
+        # (As in `_prepare`: a lone pack of a native backend checks what lies beside its rows.)
+        alone = len(chosen) == 1 and chosen[0][1].name != "torch"
+        if not alone:
+            check()
         if packs.is_sharded:
             for i, t in enumerate(tensors):
                 check_beside(metrics[i].moment, t, label(i), "moment")
@@ -195,7 +201,11 @@ def prox_in_metric(
                     check_writable(t, label(i))
         done = []
         for pack, backend, rows in chosen:
-            done.append(backend.prox_in_metric(pack, rows, _own(pack, metrics), rules))
+            try:
+                done.append(backend.prox_in_metric(pack, rows, _own(pack, metrics), rules))
+            except ValueError:
+                check()  # it knows names
+                raise
             changed(pack, tensors)
         values, parts = map(list, zip(*done, strict=True))
         if packs.is_sharded:

@@ -69,3 +69,26 @@ def test_counters(asked):
     assert counters[0] == 2.0
     found = asked.count([torch.zeros((), device="meta")] * 2)  # as on a GPU
     assert (found.dtype, found.device.type, found.shape) == (torch.float64, "meta", (2,))
+
+
+def test_numbers(asked):
+    """What the host has, and nothing that it would have to wait for or choose from."""
+    freed = torch.tensor(1.0)
+    freed.untyped_storage().resize_(0)
+    given = {
+        2: 2.0,
+        0.5: 0.5,
+        torch.tensor(3.0): 3.0,
+        torch.tensor(1 / 3, dtype=torch.float64): 1 / 3,
+        nn.Parameter(torch.tensor(4.0)): 4.0,
+        torch.arange(4.0)[3]: 3.0,
+        torch.tensor([1.0]): None,
+        torch.tensor(1): None,
+        torch.tensor(1.0, device="meta"): None,
+        torch.tensor(1.0, dtype=torch.bfloat16): None,
+        freed: None,
+        "3": None,
+        None: None,
+    }
+    assert asked.numbers(list(given)) == list(given.values())
+    assert asked.numbers([]) == []

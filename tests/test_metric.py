@@ -66,6 +66,13 @@ def test_a_moment_that_cannot_be():
     metric.check_moment(metric.Metric(None, 1.0), w, "fc.weight")
 
 
+def on_a_gpu(monkeypatch):
+    """As if optimizers kept their numbers there."""
+    for module in (attachment, metric):
+        monkeypatch.setattr(module, "waits", lambda x: True)
+    monkeypatch.setattr(attachment, "numbers", lambda given: [None] * len(given))
+
+
 @pytest.mark.parametrize(
     ("cls", "options"),
     [
@@ -81,13 +88,60 @@ def test_counts_on_a_gpu_beside_odd_numbers(cls, options, monkeypatch):
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    for module in (attachment, metric):
-        monkeypatch.setattr(module, "waits", lambda x: True)
+    on_a_gpu(monkeypatch)
     of = metric_of_rows(optimizer, METRICS[type(optimizer)])
     for m in map(of, params):
         steps = m.numerator / (m.factor * m.moment.sqrt() + m.offset)
         assert steps.shape == (3,)
         assert (steps > 0).all()
+
+
+@pytest.mark.parametrize("cls", METRICS, ids=lambda cls: cls.__name__)
+def test_as_many_readings_as_counts(cls, monkeypatch):
+    """Of parameters of a group that took as many steps the numbers are made once; each has its own
+    moment, and the very numbers that it would have alone."""
+    params = [nn.Parameter(torch.randn(3 + i)) for i in range(9)]
+    groups = [{"params": params[:6]}, {"params": params[6:], "lr": 0.03}]
+    optimizer = cls(groups, lr=0.1)
+    for k in range(8):
+        for i, p in enumerate(params):  # (the first ones take fewer steps)
+            p.grad = torch.randn_like(p) if k >= 8 - min(i, 4) else None
+        optimizer.step()
+    read, readings = METRICS[cls], []
+
+    def counted(group, state):
+        readings.append(group["lr"])
+        return read(group, state)
+
+    monkeypatch.setattr(attachment, "BY_COUNT", {counted})
+    of = metric_of_rows(optimizer, counted)
+    found = {id(p): of(p) for p in params}
+    assert found[id(params[0])] is None
+    assert len(readings) <= 6  # counts of 0 to 4, and 4 with another rate
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p is not params[0]:
+                alone, own = read(group, optimizer.state[p]), found[id(p)]
+                assert own.moment is alone.moment
+                assert own[1:] == alone[1:]
+
+
+def test_a_count_that_is_no_single_number():
+    """It is read by itself, and so is one in a subclass's state that has no moment yet."""
+    params = [nn.Parameter(torch.randn(3)) for _ in range(4)]
+    optimizer = torch.optim.Adam(params, lr=0.1)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.state[params[0]]["step"] = torch.full((3,), 2.0)
+    optimizer.state[params[1]]["step"] = 2
+    del optimizer.state[params[2]]["exp_avg_sq"]
+    of = metric_of_rows(optimizer, METRICS[torch.optim.Adam])
+    assert of(params[0]).factor.tolist() == pytest.approx([(1 - 0.999**2) ** -0.5] * 3, rel=1e-4)
+    assert of(params[1]).factor == pytest.approx((1 - 0.999**2) ** -0.5)
+    assert of(params[3]).factor == pytest.approx((1 - 0.999) ** -0.5)
+    with pytest.raises(KeyError, match="exp_avg_sq"):
+        of(params[2])
 
 
 @pytest.mark.parametrize("cls", ["Adam", "AdamW", "NAdam", "RAdam", "Adagrad"])
@@ -113,8 +167,7 @@ def test_counts_on_a_gpu_are_read_together(cls, monkeypatch):
             return function(*args, **(kwargs or {}))
 
     counts = []
-    for module in (attachment, metric):
-        monkeypatch.setattr(module, "waits", lambda x: True)
+    on_a_gpu(monkeypatch)
     for some in (moved[:2], moved):
         only = cls(some, lr=0.1)
         only.state.update({p: optimizer.state[p] for p in some})

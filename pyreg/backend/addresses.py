@@ -131,7 +131,8 @@ class PythonLook:
         for i, (t, m) in enumerate(zip(tensors, moments, strict=True)):
             if m is None:
                 continue
-            if m.shape != t.shape or m.device != t.device or m.is_neg() or is_freed(m):
+            fits = m.shape == t.shape and m.device == t.device and m.is_floating_point()
+            if not fits or m.is_neg() or is_freed(m):
                 raise ValueError(f"row {i}: a state unlike its tensor")
             if m.stride() != t.stride() or m.dtype not in (t.dtype, torch.float32):
                 others.add(i)
