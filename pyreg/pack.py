@@ -236,12 +236,6 @@ def build(
         pack.rule_of.append(rule_of[i])
         pack.geometry.append(geometry(t))
     devices = list(dict.fromkeys(device for device, *_ in packs))
-    bare = [p.rows[0] for p in packs.values() if p.device_type == "meta"]
-    if bare and len(devices) > 1:
-        raise ValueError(
-            f"{label(min(bare))}: is on the meta device, among others that are not: give it memory "
-            "first (module.to_empty, or load_state_dict with assign=True)"
-        )
     return sorted(
         packs.values(),
         key=lambda p: (devices.index(p.device), p.irregular is not None, p.anchors is not None),
@@ -283,6 +277,8 @@ class Packs:
         if self._packs is None:
             self._packs = build(tensors, label, self.rule_of, self.penalties, self.anchors)
             self.is_sharded = any(p.shards is not None for p in self._packs)
+            bare = [p.rows[0] for p in self._packs if p.device_type == "meta"]
+            self._bare = min(bare) if 0 < len(bare) < len(self._packs) else None
             wide = any(p.is_wide for p in self._packs)
             self.value_dtype = torch.float64 if wide else torch.float32
         return self._packs
@@ -295,12 +291,25 @@ class Packs:
     def run(
         self, sweep: Callable[[list[Pack]], Any], tensors: Sequence[Tensor], label: Label
     ) -> Any:
-        """sweep(packs), and once more with fresh packs if it raises StaleLayout."""
+        """sweep(packs), and once more with fresh packs if it raises StaleLayout.
+
+        Raises:
+            ValueError: a tensor is on the meta device, and not all are.
+        """
         try:
-            return sweep(self._packs or self.current(tensors, label))
+            return sweep(self._swept(tensors, label))
         except StaleLayout:
             self._packs = None
-            return sweep(self.current(tensors, label))
+            return sweep(self._swept(tensors, label))
+
+    def _swept(self, tensors: Sequence[Tensor], label: Label) -> list[Pack]:
+        packs = self._packs or self.current(tensors, label)
+        if self._bare is not None:
+            raise ValueError(
+                f"{label(self._bare)}: is on the meta device, among others that are not: give it "
+                "memory first (module.to_empty, or load_state_dict with assign=True)"
+            )
+        return packs
 
 
 _RECENT = 64  # lists of tensors whose packs are kept
