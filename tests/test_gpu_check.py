@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -19,12 +20,14 @@ except KeyboardInterrupt:
 """
 
 
-def test_a_step_at_its_limit_leaves_what_it_has(tmp_path, monkeypatch):
+def test_a_step_at_its_limit_leaves_what_it_has(tmp_path, monkeypatch, request):
     """All of its commands are interrupted at once, and their children ended with them."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1])  # (bench is not installed)
     from bench.gpu import __main__ as gpu_check
 
     monkeypatch.setattr(gpu_check, "GRACE", 3)  # (a busy machine takes a while to write)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a shell's background
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     check = gpu_check.Check(tmp_path, dry=False)
     commands = [[sys.executable, "-c", code] for code in (DEAF, WRITES, "print('fine')", DEAF)]
     lasts = check.run("tests", 4, *commands)

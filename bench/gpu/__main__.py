@@ -124,6 +124,9 @@ class Check:
     def _start(
         self, command: list[str], output: Path, environment: Mapping[str, str] | None
     ) -> subprocess.Popen:
+        # What runs in a shell's background ignores interrupts, and so would all that it starts.
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         with output.open("wb") as file:
             return subprocess.Popen(
                 command,
