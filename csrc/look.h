@@ -342,7 +342,7 @@ class Look {
     if (tensor == Py_None) return nullptr;
     const TensorView view = read_as<StaleLayout>(tensor, i, reader);
     const bool same = view.dtype == dtype && lies_beside(view, i) && view.same_strides(row(i)) &&
-                      in_memory(view, [=] { return tensor; }, i, places);
+                      in_memory(view, tensor, i, places);
     if (!same || (rows_[i].numel > 0 && weights_.at(i, view.data)))
       throw StaleLayout("the anchor of row " + std::to_string(i) + " changed");
     return view.data;
@@ -386,7 +386,7 @@ class Look {
   std::optional<std::pair<void*, bool>> moment(size_t i, PyObject* tensor, TensorReader& reader,
                                                size_t place) {
     const TensorView view = read_as<pybind11::value_error>(tensor, i, reader);
-    if (!lies_beside(view, i) || !in_memory(view, [=] { return tensor; }, place, beside_))
+    if (!lies_beside(view, i) || !in_memory(view, tensor, place, beside_))
       throw pybind11::value_error("row " + std::to_string(i) + ": a state unlike its tensor");
     const bool own = view.dtype == rows_[i].dtype;
     if (!view.same_strides(row(i)) || (!own && view.dtype != DType::kFloat32)) return {};
@@ -401,7 +401,7 @@ class Look {
     const bool same = is_here(view) && view.dtype == was.dtype && view.ndim == was.ndim &&
                       equal(view.shape, geometry, view.ndim) &&
                       equal(view.strides, geometry + was.ndim, view.ndim) &&
-                      in_memory(view, [=] { return tensor; }, i, weights_);
+                      in_memory(view, tensor, i, weights_);
     if (!same) throw StaleLayout("row " + std::to_string(i) + " changed");
     return view;
   }
@@ -428,15 +428,13 @@ class Look {
       return nullptr;
     }
     known_gradients_.note(i, grad.record());
-    const auto itself = [&] {
-      if (grad.object() == nullptr) ask(grad, object, i);
-      return grad.object();
-    };
     TensorView view;
-    if (grad.record() == nullptr || !reader.records()->read(grad.record(), view))
-      view = read_as<GradientMismatch>(itself(), i, reader);
+    const bool known = grad.record() != nullptr && reader.records()->read(grad.record(), view);
+    const bool stayed = known && view.data != nullptr && gradients_.at(i, view.data);
+    if (!stayed && grad.object() == nullptr) ask(grad, object, i);
+    if (!known) view = read_as<GradientMismatch>(grad.object(), i, reader);
     if (!is_here(view) || view.dtype != tensor.dtype || !view.same_shape(tensor) ||
-        view.expanded() || !in_memory(view, itself, i, gradients_))
+        view.expanded() || !in_memory(view, grad.object(), i, gradients_))
       throw GradientMismatch(std::to_string(i));
     const bool same = view.same_strides(tensor);
     // (Between the elements of one that is not dense another's may lie.)
@@ -454,13 +452,11 @@ class Look {
   // Whether memory holds every element, as it is. Torch is asked only about a row that moved, as a
   // storage does that is freed or resized; not noticed is one that comes back to its address, but
   // too small for its tensor (torch's own operations never notice), or a lazily negated view of it.
-  template <class Object>
-  static bool in_memory(const TensorView& view, const Object& object, size_t i, Places& places) {
+  static bool in_memory(const TensorView& view, PyObject* tensor, size_t i, Places& places) {
     if (view.data != nullptr && places.at(i, view.data)) return true;
     if (view.numel() > 0) {
       static const Method kStorage("untyped_storage"), kData("data_ptr"), kBytes("nbytes"),
           kNegative("is_neg");
-      PyObject* const tensor = object();
       if (kNegative(tensor).ptr() == Py_True) return false;
       const pybind11::object storage = kStorage(tensor);
       uintptr_t base = 0;

@@ -183,8 +183,8 @@ def prox_in_metric(
     check_strengths(rules)
 
     def check() -> None:
-        for metric, t, i in zip(metrics, tensors, range(len(tensors)), strict=True):
-            check_moment(metric, t, label(i))
+        for i, t in enumerate(tensors):
+            check_moment(metrics[i], t, label(i))
 
     def sweep(current: list[Pack]) -> Value:
         chosen = _prepare(current, tensors)
